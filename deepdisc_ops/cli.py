@@ -1,0 +1,461 @@
+"""The command line, ``deepdisc-ops``. A room is imported only when its command runs."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+import deepdisc_ops
+from deepdisc_ops.errors import ConfigError, DeepdiscOpsError
+
+if TYPE_CHECKING:
+    from deepdisc_ops.inference.mosaic import Predictor
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", help=deepdisc_ops.__doc__)
+sweep_app = typer.Typer(no_args_is_help=True, help="Ray Tune sweeps, tracked in MLflow.")
+members_app = typer.Typer(no_args_is_help=True, help="The choice of ensemble members.")
+archive_app = typer.Typer(no_args_is_help=True, help="Model archives: an ensemble in one .mar file.")
+serve_app = typer.Typer(no_args_is_help=True, help="The TorchServe endpoint.")
+setup_app = typer.Typer(no_args_is_help=True, help="Parts that pip alone does not install.")
+for name, sub in {
+    "sweep": sweep_app,
+    "members": members_app,
+    "archive": archive_app,
+    "serve": serve_app,
+    "setup": setup_app,
+}.items():
+    app.add_typer(sub, name=name)
+
+LOG_WIDTH = 140
+console = Console(width=None if sys.stdout.isatty() else LOG_WIDTH, highlight=False)
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a setting, as in train.lr=0.001; may be repeated.")]
+ModelPath = Annotated[Path | None, typer.Option(help="A .mar archive, an ensemble folder or a checkpoint folder (RUN/best).")]
+RunDir = Annotated[Path, typer.Option(help="The server's private folder, with its logs and its discovery file.")]
+
+
+def main() -> None:
+    """Run a command; errors meant for the user are one line on stderr and exit code 2."""
+    warnings.filterwarnings("ignore")
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("torch.fx").setLevel(logging.ERROR)  # detectron2's use of it is announced at every import
+    try:
+        app()
+    except DeepdiscOpsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False) -> None:
+    if version:
+        print(deepdisc_ops.__version__)
+        raise typer.Exit
+
+
+@app.command()
+def simulate(
+    out: Annotated[Path, typer.Option(help="Data set folder, or with --mosaic a .fits file.")],
+    survey: Annotated[str, typer.Option(help="lsst (ugrizy) or hsc (grizy).")] = "lsst",
+    train: Annotated[int, typer.Option(min=0, help="Training scenes.")] = 200,
+    validation: Annotated[int, typer.Option(min=0, help="Validation scenes.")] = 24,
+    calibration: Annotated[int, typer.Option(min=0, help="Calibration scenes.")] = 0,
+    test: Annotated[int, typer.Option(min=0, help="Test scenes.")] = 0,
+    size: Annotated[int, typer.Option(min=32, help="Side of a scene in pixels.")] = 256,
+    mosaic: Annotated[int, typer.Option(min=0, help="Write one mosaic of this side instead of a data set.")] = 0,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same sky.")] = 0,
+    years: Annotated[float, typer.Option(help="Depth of the coadds in years of LSST.")] = 5.0,
+    density: Annotated[float, typer.Option(min=0.0, help="Number of galaxies and stars relative to the real sky.")] = 1.0,
+    processes: Annotated[int, typer.Option(min=0, help="Scenes made at once; 0 takes all processors.")] = 0,
+) -> None:
+    """Simulate a sky with its truth: a training set, or one mosaic.
+
+    Example: `deepdisc-ops simulate --survey lsst --out scenes --train 200 --validation 24 --seed 1`
+    """
+    from deepdisc_ops.data import simulate as room
+    from deepdisc_ops.data.surveys import survey as find_survey
+
+    if mosaic:
+        scene = room.simulate_scene(find_survey(survey), size=mosaic, seed=seed, years=years, density=density)
+        room.write_scene(scene, out)
+        console.print(
+            f"{out}: {mosaic}x{mosaic} pixels, bands {' '.join(scene.survey.bands)}, {len(scene.truth)} sources above 3 sigma"
+        )
+        return
+    asked = {"train": train, "validation": validation, "calibration": calibration, "test": test}
+    counts = {split: count for split, count in asked.items() if count}
+    with _progress("simulating", sum(counts.values()), "scenes") as advance:
+        dataset = room.simulate_dataset(
+            find_survey(survey),
+            out,
+            counts=counts,
+            size=size,
+            seed=seed,
+            years=years,
+            density=density,
+            processes=processes,
+            progress=lambda done, _: advance(done, ""),
+        )
+    parts = ", ".join(f"{count} {split}" for split, count in counts.items())
+    console.print(f"{out}: {parts} scenes, bands {' '.join(dataset.info.bands)}")
+
+
+@app.command()
+def train(
+    config: Annotated[Path | None, typer.Argument(help="YAML of a training config; defaults without one.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for checkpoints and curves; an unfinished run there goes on.")] = Path("run"),
+    overrides: Overrides = None,
+) -> None:
+    """Train one network; writes OUT/best (the member), OUT/last (to resume) and OUT/loss.png.
+
+    Example: `deepdisc-ops train tune/member.yaml --out runs/a --set data.path=scenes --set train.steps=500`
+    """
+    from deepdisc_ops import config as settings
+
+    loaded = settings.load(config, overrides or ())
+    from deepdisc_ops.training import loop
+
+    with _progress("training", loaded.train.steps, "steps") as advance:
+
+        def report(step: int, metrics: Any) -> None:
+            names = ("val_nll", "val_sigma_iqr", "val_completeness")
+            advance(step, ", ".join(f"{name} {metrics[name]:.4f}" for name in names))
+
+        best = loop.train(loaded, out, report=report)
+    console.print(f"best checkpoint in {best}, curves in {out / 'loss.png'}")
+
+
+@sweep_app.command("run")
+def sweep_run(
+    spec: Annotated[Path, typer.Argument(help="Sweep specification, such as tune/quick.yaml.")],
+    out: Annotated[Path, typer.Option(help="Folder of the sweep; an unfinished one there goes on.")] = Path("sweep"),
+    tracking_uri: Annotated[str | None, typer.Option(help="MLflow store; default sqlite in OUT.")] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Run a Ray Tune sweep; every trial becomes a child run in MLflow.
+
+    Example: `deepdisc-ops sweep run tune/quick.yaml --out sweep --set base.data.path=scenes`
+    """
+    from deepdisc_ops.sweeps import space
+
+    loaded = space.load_spec(spec, overrides or ())
+    from deepdisc_ops.sweeps import run
+
+    total = space.number_of_trials(loaded)
+    with _progress(f"sweep of {total} trials", total, "trials") as advance:
+        ended: dict[str, str] = {}
+
+        def progress(news: Any) -> None:
+            if news.state != "running":
+                ended[news.trial_id] = news.state
+            metric = news.metrics.get(loaded.metric)
+            advance(
+                len(ended),
+                f"{news.trial_id} {news.state} {news.step}/{news.steps}"
+                + (f" {loaded.metric} {metric:.3f}" if metric is not None else ""),
+            )
+
+        result = run.run_sweep(loaded, out, tracking_uri=tracking_uri, progress=progress)
+    table = Table(title=f"sweep {result.name}: MLflow run {result.parent_run_id} in {result.tracking_uri}")
+    for column in ("trial", "state", "step", "values", *("val_nll", "val_sigma_iqr", "val_outliers", "val_completeness")):
+        table.add_column(column)
+    for trial in sorted(result.trials, key=lambda t: t.best.get("val_nll", float("inf"))):
+        values = ", ".join(
+            f"{key.rsplit('.', 2)[-2] if key.endswith('.name') else key.rsplit('.', 1)[-1]} {_short(value)}"
+            for key, value in trial.values.items()
+        )
+        figures = [_short(trial.best.get(key)) for key in ("val_nll", "val_sigma_iqr", "val_outliers", "val_completeness")]
+        table.add_row(trial.trial_id, trial.state, str(trial.step), values, *figures)
+    console.print(table)
+
+
+@members_app.command("select")
+def members_select(
+    sweep: Annotated[str, typer.Argument(help="Name of the sweep, or the id of its parent run.")],
+    tracking_uri: Annotated[str, typer.Option(help="MLflow store of the sweep, such as sqlite:///sweep/mlflow.db.")],
+    out: Annotated[Path, typer.Option(help="YAML file for the selection.")] = Path("members.yaml"),
+    k: Annotated[int, typer.Option("-k", min=1, help="Members to choose.")] = 2,
+    metric: Annotated[str, typer.Option(help="Metric that ranks the trials.")] = "val_nll",
+    min_completeness: Annotated[float, typer.Option(min=0, max=1, help="Least completeness of gold galaxies.")] = 0.0,
+    max_per_backbone: Annotated[int | None, typer.Option(min=1, help="At most so many members of one backbone.")] = None,
+) -> None:
+    """Choose the best trials of a sweep as ensemble members.
+
+    Example: `deepdisc-ops members select quick --tracking-uri sqlite:///sweep/mlflow.db -k 2 --out members.yaml`
+    """
+    from deepdisc_ops.sweeps import select
+
+    chosen = select.select_members(
+        tracking_uri,
+        sweep,
+        k,
+        into=out.parent / "members",
+        metric=metric,
+        min_completeness=min_completeness,
+        max_per_backbone=max_per_backbone,
+    )
+    select.write_selection(chosen, out)
+    table = Table("run", "backbone", "fraction", metric, "val_sigma_iqr", "val_completeness", title=f"{k} members in {out}")
+    for member in chosen:
+        figures = [_short(member.metrics.get(key)) for key in (metric, "val_sigma_iqr", "val_completeness")]
+        table.add_row(member.run_id[:8], member.config.model.backbone.name, _short(member.config.data.fraction), *figures)
+    console.print(table)
+
+
+@archive_app.command("build")
+def archive_build(
+    out: Annotated[Path, typer.Option(help="The archive to write, NAME.mar.")],
+    checkpoints: Annotated[list[Path] | None, typer.Argument(help="Checkpoint folders (RUN/best).")] = None,
+    members: Annotated[Path | None, typer.Option(help="A selection written by `members select`.")] = None,
+) -> None:
+    """Pack members into one TorchServe archive.
+
+    Example: `deepdisc-ops archive build --members members.yaml --out ensemble.mar`
+    """
+    from deepdisc_ops.serving import archive
+
+    if bool(checkpoints) == bool(members):
+        raise ConfigError("name either checkpoint folders or --members, one of the two")
+    run_ids = None
+    if members:
+        from deepdisc_ops.sweeps import select
+
+        selection = select.read_selection(members)
+        checkpoints, run_ids = [m.checkpoint for m in selection], [m.run_id for m in selection]
+    archive.build_archive(checkpoints or [], out, run_ids)
+    console.print(f"{out}: {len(checkpoints or [])} members, {out.stat().st_size / 1e6:.1f} MB")
+
+
+@archive_app.command("inspect")
+def archive_inspect(mar: Annotated[Path, typer.Argument(help="The archive.")]) -> None:
+    """Print what an archive holds, after checking every member's checksum.
+
+    Example: `deepdisc-ops archive inspect ensemble.mar`
+    """
+    from deepdisc_ops.serving import archive
+
+    console.print_json(data=archive.verify_archive(mar), default=str)
+
+
+@serve_app.command("start")
+def serve_start(
+    mar: Annotated[Path, typer.Argument(help="The archive to serve.")],
+    run_dir: RunDir = Path("server"),
+    workers: Annotated[int, typer.Option(min=1, help="Worker processes, each with the whole ensemble.")] = 1,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads a worker.")] = None,
+) -> None:
+    """Serve an archive on a free loopback port; returns when a canary prediction has been answered.
+
+    Example: `deepdisc-ops serve start ensemble.mar --run-dir server`
+    """
+    from deepdisc_ops.serving import server
+
+    with console.status("starting TorchServe") as status:
+        info = server.start(mar, run_dir, workers=workers, threads=threads, progress=status.update)
+    console.print(f"{info.url} is ready; clients find it through {run_dir / 'server.json'}")
+
+
+@serve_app.command("status")
+def serve_status(run_dir: RunDir = Path("server")) -> None:
+    """Tell whether the endpoint is ready; exit code 1 if it is not.
+
+    Example: `deepdisc-ops serve status --run-dir server`
+    """
+    from deepdisc_ops.serving import server
+
+    state = server.status(run_dir)
+    console.print(f"{state.state}: {state.what}")
+    raise typer.Exit(0 if state.state == "ready" else 1)
+
+
+@serve_app.command("stop")
+def serve_stop(run_dir: RunDir = Path("server")) -> None:
+    """Stop the endpoint of a run directory, and nothing else.
+
+    Example: `deepdisc-ops serve stop --run-dir server`
+    """
+    from deepdisc_ops.serving import server
+
+    console.print("stopped" if server.stop(run_dir) else f"no endpoint runs in {run_dir}")
+
+
+@app.command()
+def predict(
+    images: Annotated[list[Path], typer.Argument(help="One multi-extension FITS, a cube, a file per band, or .npz.")],
+    out: Annotated[list[Path], typer.Option(help="Catalogue to write: .parquet, .fits or .ecsv; may be repeated.")],
+    model: ModelPath = None,
+    server: Annotated[Path | None, typer.Option(help="Use the endpoint of this run directory (or server.json) instead.")] = None,
+    ebv: Annotated[str, typer.Option(help="Milky Way E(B-V): a number in mag, or sfd with --dust-maps.")] = "0.03",
+    dust_maps: Annotated[Path | None, typer.Option(help="Folder of the SFD dust maps.")] = None,
+    dust_scale: Annotated[float, typer.Option(help="Factor on the dust map; 0.86 turns SFD into SF11.")] = 1.0,
+    plane_bands: Annotated[
+        str | None, typer.Option(help="Names of the image planes where the files do not tell: g,r,i,z,y.")
+    ] = None,
+    zero_point: Annotated[float | None, typer.Option(help="AB magnitude of one count where the headers do not tell.")] = None,
+    pixel_scale: Annotated[float | None, typer.Option(help="Arcsec per pixel where there is no WCS.")] = None,
+    pixels_only: Annotated[bool, typer.Option("--pixels-only", help="Accept images without a WCS; ra and dec stay NaN.")] = False,
+    window: Annotated[int, typer.Option(min=128, help="Side of the windows that are read and predicted at once.")] = 1024,
+    overlap: Annotated[int, typer.Option(min=16, help="Pixels that neighbouring windows share.")] = 64,
+    workers: Annotated[int, typer.Option(min=1, help="Windows in flight at once, for an endpoint with several workers.")] = 1,
+    device: Annotated[str, typer.Option(help="torch device of the model, such as cpu or cuda:0.")] = "cpu",
+) -> None:
+    """Make the catalogue of a mosaic, in process (--model) or through the endpoint (--server).
+
+    Example: `deepdisc-ops predict mosaic.fits --model ensemble.mar --out catalog.parquet`
+    """
+    from deepdisc_ops.inference.mosaic import predict_mosaic
+    from deepdisc_ops.sky import catalog
+    from deepdisc_ops.sky.dust import ebv_source
+    from deepdisc_ops.sky.images import open_mosaic
+
+    for path in out:
+        catalog.check_path(path)
+    source = ebv_source(ebv, dust_maps, dust_scale)
+    provenance = {
+        "package": f"deepdisc_ops {deepdisc_ops.__version__}",
+        "command": shlex.join(["deepdisc-ops", *sys.argv[1:]]),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    planes = plane_bands.split(",") if plane_bands else None
+    with ExitStack() as stack:
+        mosaic = stack.enter_context(
+            open_mosaic(images, plane_bands=planes, zero_point=zero_point, pixel_scale=pixel_scale, require_wcs=not pixels_only)
+        )
+        predictor, bands, scale, digest = _predictor(stack, model, server, device)
+        mosaic = stack.enter_context(mosaic.select(bands))
+        _check_scale(mosaic.pixel_scale, scale)
+        started = datetime.now(UTC)
+        with _progress("predicting", 1, "windows") as advance:
+            table = predict_mosaic(
+                mosaic,
+                predictor,
+                source,
+                window=window,
+                overlap=overlap,
+                workers=workers,
+                provenance=provenance | {"model": digest},
+                progress=lambda done, total, objects: advance(done, f"{objects} objects", total),
+            )
+    seconds = (datetime.now(UTC) - started).total_seconds()
+    table.meta["seconds"] = f"{seconds:.2f}"
+    for path in out:
+        catalog.write_catalog(table, path)
+    console.print(
+        f"{len(table)} objects in {seconds:.1f} s ({len(table) / max(seconds, 1e-9):.0f} a second): {', '.join(map(str, out))}"
+    )
+
+
+@app.command()
+def evaluate(
+    catalog: Annotated[Path, typer.Argument(help="Catalogue made by `predict`.")],
+    truth: Annotated[Path, typer.Option(help="Simulated mosaic (its TRUTH table and pixels), or a truth catalogue.")],
+    out: Annotated[Path, typer.Option(help="Folder for metrics.json and figures.")] = Path("evaluation"),
+    gold_band: Annotated[str, typer.Option(help="Band of the gold cut.")] = "i",
+    gold_limit: Annotated[float, typer.Option(help="Faint limit of the gold sample, AB mag.")] = 25.3,
+    seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
+) -> None:
+    """Compare a catalogue with truth: completeness, purity, redshift metrics with errors, figures.
+
+    Example: `deepdisc-ops evaluate catalog.parquet --truth mosaic.fits --out evaluation`
+    """
+    from deepdisc_ops import report
+
+    result = report.evaluate_files(catalog, truth, out, gold_band=gold_band, gold_limit=gold_limit, seed=seed)
+    table = Table("figure", "value", title=f"{catalog} against {truth}")
+    for name, value in report.rows(result):
+        table.add_row(name, value)
+    console.print(table)
+    console.print(f"metrics.json and figures in {out}")
+
+
+@setup_app.command("detectron2")
+def setup_detectron2(
+    wheel: Annotated[Path | None, typer.Option(help="The wheel on disk, where there is no package index.")] = None,
+) -> None:
+    """Install detectron2 without a compiler, its wheel checked against a known hash.
+
+    Example: `deepdisc-ops setup detectron2`
+    """
+    from deepdisc_ops.installation import install_detectron2
+
+    print(install_detectron2(wheel, progress=print))
+
+
+def _predictor(
+    stack: ExitStack, model: Path | None, server: Path | None, device: str
+) -> tuple[Predictor, tuple[str, ...], float | None, str]:
+    """The predictor of a model or an endpoint, its bands, its pixel scale if known, and what names it."""
+    if (model is None) == (server is None):
+        raise ConfigError("give either --model or --server, one of the two")
+    if server is not None:
+        from deepdisc_ops.serving.client import Client
+        from deepdisc_ops.serving.server import discover
+
+        info = discover(server)
+        client = stack.enter_context(Client(info.url, info.token))
+        return client.predict, info.bands, None, f"{info.url} {info.model} {info.model_version}"
+    from deepdisc_ops.inference.ensemble import Ensemble, digest, write_ensemble
+    from deepdisc_ops.model.weights import DESCRIPTION
+
+    folder = model if model is not None else Path()
+    scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    if folder.suffix == ".mar":
+        from deepdisc_ops.serving.archive import unpack_archive
+
+        folder = unpack_archive(folder, scratch)
+    elif (folder / DESCRIPTION).exists():
+        write_ensemble(scratch, [folder])
+        folder = scratch
+    ensemble = Ensemble.load(folder, device)
+    return (lambda image, ebv: ensemble.predict(image.data, ebv, image.mask)), ensemble.bands, ensemble.pixel_scale, digest(folder)
+
+
+def _check_scale(found: float, trained: float | None) -> None:
+    if trained is not None and abs(found / trained - 1) > 0.05:
+        raise ConfigError(
+            f"the image has {found:.4f} arcsec/px, the model was trained at {trained:.4f} arcsec/px; "
+            "resample the image or use a model of its scale"
+        )
+
+
+@contextmanager
+def _progress(what: str, total: int, unit: str) -> Iterator[Callable[..., None]]:
+    """A progress bar on a terminal, a line now and then in a log; yields advance(done, note, total)."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn(unit),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=total, note="")
+        told = 0.0
+
+        def advance(done: int, note: str = "", of: int | None = None) -> None:
+            nonlocal told
+            everything = of or total
+            bar.update(task, completed=done, total=everything, note=note)
+            if not console.is_terminal and (done / everything - told >= 0.1 or done == everything):
+                told = done / everything
+                console.print(f"{what}: {done}/{everything} {unit} {note}".rstrip())
+
+        yield advance
+
+
+def _short(value: Any) -> str:
+    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)

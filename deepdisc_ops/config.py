@@ -1,0 +1,220 @@
+"""Every setting of training and inference, as typed models that reject unknown keys.
+
+`load` reads YAML, applies ``a.b=c`` overrides and reports all faults at once, each with its dotted key.
+Lengths are pixels of the survey's images unless a name says otherwise.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+
+from deepdisc_ops.errors import ConfigError
+
+Fraction = Annotated[float, Field(gt=0, le=1)]
+BackboneName = Literal["tiny", "small", "resnet18", "resnet34", "resnet50", "resnet101"]
+
+
+class Settings(BaseModel):
+    """Base of all sections: frozen, unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataSettings(Settings):
+    """Where the training set lies and how it is cut for the network."""
+
+    path: Path = Path("scenes")
+    fraction: Fraction = Field(1.0, description="share of the training split that is used; smaller shares are nested")
+    crop: PositiveInt = Field(128, description="side of the square training crops")
+    min_box: PositiveFloat = Field(11.0, description="boxes are widened to this size about the object's centre")
+    cache_gb: Annotated[float, Field(ge=0)] = Field(6.0, description="memory for decoded images; 0 reads crops from disk")
+
+
+class BackboneSettings(Settings):
+    """A residual network with a feature pyramid."""
+
+    name: BackboneName = "small"
+    stem_stride: Literal[1, 2, 4] = Field(2, description="reduction before the first stage; small for 5-pixel objects")
+    levels: Annotated[int, Field(ge=1, le=4)] = Field(3, description="pyramid levels, each half the resolution of the one before")
+    norm: Literal["BN", "GN", "FrozenBN", "SyncBN"] = "BN"
+    fpn_channels: PositiveInt = 64
+
+
+class BoxHeadSettings(Settings):
+    """Classification and box regression on pooled features; three stages make a cascade."""
+
+    stages: Literal[1, 3] = 1
+    hidden: tuple[PositiveInt, ...] = (256,)
+    pool: PositiveInt = Field(5, description="side of the pooled feature grid")
+
+
+class RedshiftHeadSettings(Settings):
+    """The mixture density head (LSST paper, Table 1: hidden 1024, 64, tanh, pool 7, 5 components)."""
+
+    components: PositiveInt = 5
+    hidden: tuple[PositiveInt, ...] = (256, 64)
+    activation: Literal["tanh", "gelu"] = "gelu"
+    pool: PositiveInt = 5
+    sigma_floor: PositiveFloat = Field(0.003, description="smallest width of a component in redshift")
+    gold_band: str = "i"
+    gold_limit: float = Field(25.3, description="only labelled objects brighter than this train the head, AB mag")
+    max_boxes: PositiveInt = Field(64, description="boxes per image that train the head")
+
+
+class InputSettings(Settings):
+    """From nanojansky to what the network sees: ``arcsinh(flux / (softening * noise)) `` per band."""
+
+    scaling: Literal["arcsinh", "linear"] = "arcsinh"
+    softening: PositiveFloat = 3.0
+    noise_njy: tuple[PositiveFloat, ...] | None = Field(
+        None, description="noise per pixel and band, nJy; measured on the training set when not given"
+    )
+
+
+class ModelSettings(Settings):
+    """The whole network. Band order is the order of the input planes."""
+
+    bands: tuple[str, ...] = ("u", "g", "r", "i", "z", "y")
+    classes: tuple[str, ...] = ("object",)
+    pixel_scale: PositiveFloat | None = Field(None, description="arcsec per pixel; taken from the training set when not given")
+    input: InputSettings = InputSettings()
+    backbone: BackboneSettings = BackboneSettings()
+    anchor_sizes: tuple[PositiveFloat, ...] = (9.0, 16.0, 36.0)
+    proposals_training: PositiveInt = 400
+    box_head: BoxHeadSettings = BoxHeadSettings()
+    mask_head: bool = False
+    redshift_head: RedshiftHeadSettings = RedshiftHeadSettings()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ModelSettings:
+        if len(set(self.bands)) != len(self.bands):
+            raise ValueError(f"bands {self.bands} name a band twice")
+        noise = self.input.noise_njy
+        if noise is not None and len(noise) != len(self.bands):
+            raise ValueError(f"input.noise_njy has {len(noise)} values for {len(self.bands)} bands {self.bands}")
+        if len(self.anchor_sizes) != self.backbone.levels:
+            raise ValueError(f"anchor_sizes has {len(self.anchor_sizes)} values for {self.backbone.levels} pyramid levels")
+        return self
+
+
+class TrainSettings(Settings):
+    """The optimisation."""
+
+    steps: PositiveInt = 2000
+    batch_size: PositiveInt = 6
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    lr: PositiveFloat = 2e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-3
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    schedule: Literal["cosine", "multistep", "constant"] = "cosine"
+    milestones: tuple[Fraction, ...] = Field((0.3, 0.5, 0.7), description="shares of the steps at which lr falls to a tenth")
+    warmup_steps: Annotated[int, Field(ge=0)] = 200
+    clip_norm: PositiveFloat = 5.0
+    validate_every: PositiveInt = Field(500, description="steps between passes over the whole validation split")
+    device: str = "cpu"
+    threads: Annotated[int, Field(ge=0)] = Field(0, description="CPU threads; 0 leaves torch's choice")
+
+
+class InferenceSettings(Settings):
+    """What a trained member does with an image."""
+
+    score_threshold: Annotated[float, Field(ge=0, lt=1)] = 0.3
+    nms_threshold: Fraction = 0.4
+    proposals_per_megapixel: PositiveInt = Field(8000, description="cap on proposals; detections are capped at half of it")
+    tile: PositiveInt = Field(512, description="side of the square the network sees at once")
+    overlap: PositiveInt = Field(64, description="pixels that neighbouring tiles share")
+
+
+class TrainingConfig(Settings):
+    """One training run, complete: with the same config and data it gives the same network."""
+
+    seed: int = 0
+    data: DataSettings = DataSettings()
+    model: ModelSettings = ModelSettings()
+    train: TrainSettings = TrainSettings()
+    inference: InferenceSettings = InferenceSettings()
+
+
+S = TypeVar("S", bound=BaseModel)
+
+
+def parse_override(text: str) -> tuple[list[str], Any]:
+    """Split ``a.b=c`` into its path and its value, the value read as YAML."""
+    key, separator, value = text.partition("=")
+    if not separator or not all(key.split(".")):
+        raise ConfigError(f"override {text!r} is not of the form a.b=value; example: --set train.lr=0.001")
+    return key.split("."), yaml.safe_load(value)
+
+
+def set_by_path(tree: dict[str, Any], path: Iterable[str], value: Any) -> None:
+    """Set a nested value in place, making the mappings on the way."""
+    *parents, last = path
+    for name in parents:
+        child = tree.get(name)
+        if not isinstance(child, dict):
+            child = tree[name] = {}
+        tree = child
+    tree[last] = value
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML mapping."""
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"config file {path} does not exist") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} holds a {type(tree).__name__}; expected a mapping of settings")
+    return tree
+
+
+def validate(schema: type[S], tree: Mapping[str, Any], source: str) -> S:
+    """Build ``schema`` from a mapping; all faults are collected into one `ConfigError`."""
+    try:
+        return schema.model_validate(dict(tree))
+    except ValidationError as error:
+        faults = "; ".join(_describe(schema, fault) for fault in error.errors())
+        raise ConfigError(f"{source}: {faults}") from None
+
+
+def load(path: Path | None, overrides: Iterable[str] = (), schema: type[S] = TrainingConfig) -> S:  # type: ignore[assignment]
+    """Read settings from YAML (or the defaults, without a path) and apply ``a.b=c`` overrides."""
+    tree = read_yaml(path) if path else {}
+    for text in overrides:
+        keys, value = parse_override(text)
+        set_by_path(tree, keys, value)
+    return validate(schema, tree, str(path) if path else "settings")
+
+
+def _describe(schema: type[BaseModel], fault: Any) -> str:
+    keys = [str(part) for part in fault["loc"]]
+    where = ".".join(keys)
+    if fault["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(keys[-1], _fields_at(schema, keys[:-1]), n=1)
+        return f"unknown key {where!r}" + (f", did you mean {'.'.join([*keys[:-1], near[0]])!r}?" if near else "")
+    message = fault["msg"].removeprefix("Value error, ")
+    return (
+        f"{where}: {message} (found {fault['input']!r})"
+        if where and not isinstance(fault["input"], dict)
+        else f"{where or 'settings'}: {message}"
+    )
+
+
+def _fields_at(schema: type[BaseModel], keys: Iterable[str]) -> list[str]:
+    for key in keys:
+        field = schema.model_fields.get(key)
+        annotation = field.annotation if field else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        schema = annotation
+    return list(schema.model_fields)

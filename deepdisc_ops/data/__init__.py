@@ -1,0 +1,1 @@
+"""Training sets: simulated skies, truth, records, and the loader that feeds a network."""

@@ -1,0 +1,131 @@
+"""The main job on a small simulated sky, verb by verb: ``python -m deepdisc_ops.demo``, or scripts/demo.
+
+Every step is a command of ``deepdisc-ops`` that could be typed; the program prints it, runs it and times it.
+A second run keeps the simulated scenes and does the rest again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from deepdisc_ops import resources
+from deepdisc_ops.sky.catalog import read_catalog
+
+console = Console(highlight=False)
+SCENES = ("--train", "240", "--validation", "20", "--seed", "1")
+MOSAIC = ("--mosaic", "2048", "--seed", "77")
+
+
+class StepFailed(Exception):
+    """A verb ended with an error, which it has already printed."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the demo; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="scripts/demo", description=main.__doc__)
+    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for everything the demo makes")
+    parser.add_argument("--sweep", type=Path, default=resources.find("tune/quick.yaml"), help="sweep specification")
+    options = parser.parse_args(arguments)
+    started = time.monotonic()
+    try:
+        run(options.out, options.sweep)
+    except StepFailed as failure:
+        console.print(f"[bold red]demo stopped:[/] {failure}")
+        return 2
+    summarise(options.out, time.monotonic() - started)
+    return 0
+
+
+def run(out: Path, sweep: Path) -> None:
+    """Simulate, sweep, select, archive, serve, predict, evaluate."""
+    out.mkdir(parents=True, exist_ok=True)
+    for stale in ("sweep", "server"):
+        shutil.rmtree(out / stale, ignore_errors=True)
+    store = f"sqlite:///{(out / 'sweep' / 'mlflow.db').absolute()}"
+    step("a training sky with its truth", "simulate", "--survey", "lsst", "--out", out / "scenes", *SCENES)
+    step("a mosaic that no training sees", "simulate", "--survey", "lsst", "--out", out / "mosaic.fits", *MOSAIC)
+    step(
+        "a Ray Tune sweep tracked in MLflow",
+        "sweep",
+        "run",
+        sweep,
+        "--out",
+        out / "sweep",
+        "--set",
+        f"base.data.path={out / 'scenes'}",
+    )
+    step("the two best members", "members", "select", "quick", "--tracking-uri", store, "-k", "2", "--out", out / "members.yaml")
+    step("one archive of both", "archive", "build", "--members", out / "members.yaml", "--out", out / "ensemble.mar")
+    step("the endpoint", "serve", "start", out / "ensemble.mar", "--run-dir", out / "server")
+    try:
+        catalogs = ("--out", out / "catalog.parquet", "--out", out / "catalog.fits")
+        step("the mosaic, window by window, to the endpoint", "predict", out / "mosaic.fits", "--server", out / "server", *catalogs)
+    finally:
+        step("endpoint down", "serve", "stop", "--run-dir", out / "server")
+    step(
+        "the catalogue against the truth",
+        "evaluate",
+        out / "catalog.parquet",
+        "--truth",
+        out / "mosaic.fits",
+        "--out",
+        out / "evaluation",
+    )
+
+
+def step(what: str, *arguments: str | Path) -> None:
+    """Print a command of ``deepdisc-ops``, run it, and print how long it took."""
+    words = [str(argument) for argument in arguments]
+    console.print(f"\n[bold]{what}[/]\n$ deepdisc-ops {shlex.join(words)}", soft_wrap=True)
+    started = time.monotonic()
+    answer = subprocess.run([sys.executable, "-m", "deepdisc_ops", *words], check=False)
+    if answer.returncode:
+        raise StepFailed(f"`deepdisc-ops {words[0]}` ended with exit code {answer.returncode}")
+    console.print(f"[dim]{time.monotonic() - started:.0f} s[/]")
+
+
+def summarise(out: Path, seconds: float) -> None:
+    """The figures of the run and where its files are."""
+    figures = json.loads((out / "evaluation" / "metrics.json").read_text())
+    catalog = read_catalog(out / "catalog.parquet")
+    lsst = figures["lsst"]
+    table = Table("figure", "value", title=f"\nfrom an empty sky to a redshift catalogue in {seconds / 60:.1f} minutes")
+    for name, value in {
+        "objects": f"{len(catalog)}",
+        f"completeness, {figures['gold_band']} < {figures['gold_limit']:g}": f"{figures['completeness']['value']:.3f}",
+        "purity": f"{figures['purity']['value']:.3f} (by chance {figures['purity_chance']:.3f})",
+        "bias": f"{lsst['bias']:+.4f}",
+        "sigma_IQR": f"{lsst['sigma_iqr']:.4f}, {figures['gain_over_constant']:.1f} x better than the n(z)'s mode",
+        "outlier fraction": f"{lsst['outlier_fraction']:.4f}",
+        "PIT KS": f"{figures['pit_ks']:.4f}",
+        "objects per second": f"{len(catalog) / float(catalog.meta['seconds']):.0f}",
+    }.items():
+        table.add_row(name, value)
+    console.print(table)
+    places = Table("file", "what it is")
+    for name, what in {
+        "catalog.parquet, catalog.fits": "the catalogue: positions, boxes, redshifts, mixtures",
+        "evaluation/picture.png": "the middle of the mosaic in colour with boxes",
+        "evaluation/redshifts.png": "true against photometric redshift",
+        "evaluation/pit.png": "are the densities honest?",
+        "evaluation/densities.png": "three of them",
+        "ensemble.mar": "the archive that was served",
+        "sweep/mlflow.db": f"every trial: mlflow ui --backend-store-uri sqlite:///{out}/sweep/mlflow.db",
+    }.items():
+        places.add_row(str(out / name.split(",")[0]) + ("," + name.split(",", 1)[1] if "," in name else ""), what)
+    console.print(places)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""From a mosaic to a catalogue with trained members."""

@@ -1,0 +1,1 @@
+"""The detection and redshift network, built on detectron2."""

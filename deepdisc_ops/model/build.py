@@ -1,0 +1,111 @@
+"""The whole network: pixels to boxes, then boxes to redshift densities.
+
+Inference runs in two steps, `detect` and `redshift`, so that E(B-V) can be looked up at the boxes in between and
+boxes from a catalogue can take the place of detected ones. The network sees tensors only.
+Glossary: B images, C bands, H x W pixels (multiples of the stride), N boxes of all images, K components.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from detectron2.modeling.roi_heads import select_foreground_proposals
+from detectron2.structures import Boxes, ImageList, Instances
+from detectron2.utils.events import EventStorage
+from torch import Tensor, nn
+
+from deepdisc_ops.config import InferenceSettings, ModelSettings
+from deepdisc_ops.errors import ConfigError
+from deepdisc_ops.model.backbones import build_backbone
+from deepdisc_ops.model.heads import RedshiftHead, build_box_heads, build_proposals
+from deepdisc_ops.photoz.mixture import GaussianMixture
+
+Features = dict[str, Tensor]
+
+
+class DeepDisc(nn.Module):
+    """Backbone, proposals, box heads, optional masks and the redshift head."""
+
+    def __init__(self, model: ModelSettings, inference: InferenceSettings) -> None:
+        super().__init__()
+        if model.input.noise_njy is None:
+            raise ConfigError("model.input.noise_njy is not set; give the noise per pixel of every band in nJy")
+        self.backbone = build_backbone(len(model.bands), model.backbone)
+        shapes = self.backbone.output_shape()
+        self.proposals = build_proposals(shapes, model)
+        self.box_heads = build_box_heads(shapes, model, inference)
+        self.redshift_head = RedshiftHead(shapes, model.redshift_head)
+        self.max_redshift_boxes = model.redshift_head.max_boxes
+        self.proposals_per_megapixel = inference.proposals_per_megapixel
+        self.scaling = model.input.scaling
+        self.register_buffer(
+            "scale", model.input.softening * torch.tensor(model.input.noise_njy).view(1, -1, 1, 1), persistent=False
+        )
+
+    @property
+    def stride(self) -> int:
+        """Image sides must be multiples of this many pixels."""
+        return max(self.backbone.size_divisibility, *(shape.stride for shape in self.backbone.output_shape().values()))
+
+    def features(self, images: Tensor) -> Features:
+        """Pyramid of images (B, C, H, W) in nJy."""
+        scaled = images / self.scale
+        return self.backbone(torch.arcsinh(scaled) if self.scaling == "arcsinh" else scaled)
+
+    def losses(self, images: Tensor, targets: Sequence[Instances]) -> dict[str, Tensor]:
+        """Every term of the training loss, to be summed unweighted.
+
+        Targets carry gt_boxes, gt_classes, gt_redshift (NaN: no label), gt_ebv and, for a mask head, gt_masks.
+        """
+        features = self.features(images)
+        image_list = ImageList(images, [(images.shape[2], images.shape[3])] * len(images))
+        with EventStorage():  # detectron2's heads insist on a place for their own statistics
+            proposals, losses = self.proposals(image_list, features, list(targets))
+            sampled, head_losses = self.box_heads(image_list, features, proposals, list(targets))
+        losses |= head_losses
+        losses["loss_redshift"] = self._redshift_loss(features, sampled)
+        return losses
+
+    def _redshift_loss(self, features: Features, sampled: Sequence[Instances]) -> Tensor:
+        foreground, _ = select_foreground_proposals(list(sampled), self.box_heads.num_classes)
+        labelled = [self._some_labelled(instances) for instances in foreground]
+        boxes = [instances.proposal_boxes for instances in labelled]
+        z = torch.cat([instances.gt_redshift for instances in labelled])
+        mixture = self.redshift_head(features, boxes, torch.cat([instances.gt_ebv for instances in labelled]))
+        # without a labelled object the sum over nothing keeps the graph and adds zero
+        return -mixture.log_prob(z).sum() / max(len(z), 1)
+
+    def _some_labelled(self, instances: Instances) -> Instances:
+        if not instances.has("gt_redshift"):  # an image without any object
+            empty = instances.proposal_boxes.tensor.new_zeros(0)
+            bare = Instances(instances.image_size, proposal_boxes=instances.proposal_boxes[:0])
+            bare.gt_redshift, bare.gt_ebv = empty, empty
+            return bare
+        index = torch.nonzero(torch.isfinite(instances.gt_redshift)).flatten()
+        chosen = index[torch.randperm(len(index), device=index.device)[: self.max_redshift_boxes]]
+        return instances[chosen]
+
+    def detect(self, images: Tensor) -> tuple[Features, list[Instances]]:
+        """First step: features and, per image, Instances with pred_boxes, scores, pred_classes."""
+        features = self.features(images)
+        height, width = images.shape[2], images.shape[3]
+        self._cap(height * width)
+        image_list = ImageList(images, [(height, width)] * len(images))
+        proposals, _ = self.proposals(image_list, features, None)
+        found, _ = self.box_heads(image_list, features, proposals, None)
+        return features, found
+
+    def redshift(self, features: Features, boxes: Sequence[Boxes], ebv: Tensor) -> GaussianMixture:
+        """Second step: mixtures of given boxes (per image) with E(B-V) (N,)."""
+        return self.redshift_head(features, boxes, ebv)
+
+    def _cap(self, pixels: int) -> None:
+        """Proposals by what the area can hold, not by a constant that truncates a crowded field."""
+        cap = max(100, math.ceil(self.proposals_per_megapixel * pixels / 1e6))
+        self.proposals.pre_nms_topk[False] = 2 * cap
+        self.proposals.post_nms_topk[False] = cap
+        predictors = self.box_heads.box_predictor
+        for predictor in predictors if isinstance(predictors, nn.ModuleList) else [predictors]:
+            predictor.test_topk_per_image = max(50, cap // 2)

@@ -1,0 +1,117 @@
+"""A trained network on disk: safetensors weights and, beside them, a YAML of everything needed to use them."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+import deepdisc_ops
+from deepdisc_ops.config import TrainingConfig, validate
+from deepdisc_ops.errors import CheckpointError
+from deepdisc_ops.model.build import DeepDisc
+
+WEIGHTS = "member.safetensors"
+DESCRIPTION = "member.yaml"
+
+
+@dataclass(frozen=True)
+class MemberInfo:
+    """What a member is: its full config, validation metrics, step, and the code that made it."""
+
+    config: TrainingConfig
+    metrics: dict[str, float]
+    step: int
+    package_version: str
+    git_commit: str | None
+
+
+def save_member(folder: Path, network: DeepDisc, config: TrainingConfig, metrics: Mapping[str, float], step: int) -> None:
+    """Write a checkpoint folder in one move: a reader sees the old one or the new one, never half."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        save_file({key: value.contiguous() for key, value in network.state_dict().items()}, staging / WEIGHTS)
+        info = MemberInfo(config, dict(metrics), step, deepdisc_ops.__version__, git_commit())
+        write_info(staging / DESCRIPTION, info)
+        replace_folder(staging, folder)
+    except OSError as error:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise CheckpointError(f"checkpoint {folder} could not be written ({error}); the one before it is untouched") from None
+
+
+def replace_folder(staging: Path, folder: Path) -> None:
+    """Put ``staging`` in the place of ``folder``, on the same file system."""
+    staging.chmod(0o755)
+    old = staging.with_name(f"{staging.name}-old")
+    if folder.exists():
+        folder.replace(old)
+    staging.replace(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_info(path: Path, info: MemberInfo) -> None:
+    """Write `MemberInfo` as YAML."""
+    path.write_text(yaml.safe_dump(info_as_dict(info), sort_keys=False))
+
+
+def info_as_dict(info: MemberInfo) -> dict[str, Any]:
+    """`MemberInfo` in plain types."""
+    return asdict(info) | {"config": info.config.model_dump(mode="json")}
+
+
+def info_from_dict(tree: Mapping[str, Any], source: str) -> MemberInfo:
+    """The inverse of `info_as_dict`."""
+    try:
+        config = validate(TrainingConfig, tree["config"], source)
+        return MemberInfo(config, dict(tree["metrics"]), int(tree["step"]), tree["package_version"], tree["git_commit"])
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{source} is not a member description ({error!r}); train again or fetch the checkpoint anew"
+        ) from None
+
+
+def read_info(folder: Path) -> MemberInfo:
+    """Read the description of a checkpoint folder."""
+    path = folder / DESCRIPTION
+    if not path.exists():
+        raise CheckpointError(f"{folder} is no checkpoint: {DESCRIPTION} is missing; expected a folder like RUN/best")
+    return info_from_dict(yaml.safe_load(path.read_text()), str(path))
+
+
+def load_network(weights: Path, config: TrainingConfig, device: str = "cpu") -> DeepDisc:
+    """Build the network of ``config`` and fill it from a safetensors file, in evaluation mode."""
+    network = DeepDisc(config.model, config.inference)
+    try:
+        network.load_state_dict(load_file(weights))
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"weights {weights} cannot be read ({error}); fetch or train them again") from None
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"weights {weights} do not fit their config: {reason}") from None
+    return network.eval().to(torch.device(device))
+
+
+def load_member(folder: Path, device: str = "cpu") -> tuple[DeepDisc, MemberInfo]:
+    """A checkpoint folder as a network ready for inference and its description."""
+    info = read_info(folder)
+    return load_network(folder / WEIGHTS, info.config, device), info
+
+
+def git_commit() -> str | None:
+    """Commit of the checkout this package runs from, or None outside one."""
+    here = Path(deepdisc_ops.__file__).parent
+    try:
+        answer = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout.strip()

@@ -1,0 +1,1 @@
+"""Redshift densities and what tells whether they are right."""

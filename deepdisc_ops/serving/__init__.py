@@ -1,0 +1,1 @@
+"""Model archives, the TorchServe endpoint and its client."""

@@ -1,0 +1,1 @@
+"""Images, geometry and catalogues: the part that is plain astronomy."""

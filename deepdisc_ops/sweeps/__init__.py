@@ -1,0 +1,1 @@
+"""Ray Tune sweeps and the choice of ensemble members."""

@@ -1,0 +1,202 @@
+"""Run a sweep: Ray Tune trains the trials, `deepdisc_ops.sweeps.record` keeps their records in MLflow.
+
+Results folder: sweep.yaml and spec.yaml (what was asked, how far it got), trials/<id>/, ray/ (Ray's own state), and mlflow.db
+with artifacts/ unless another tracking store is named.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+from ray import tune
+from ray.tune.logger import JsonLoggerCallback
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
+from ray.tune.search import BasicVariantGenerator
+
+from deepdisc_ops import config as settings
+from deepdisc_ops.config import Settings
+from deepdisc_ops.errors import ConfigError
+from deepdisc_ops.sweeps import space, trial
+from deepdisc_ops.sweeps.record import Progress, Recorder, SweepResult
+from deepdisc_ops.sweeps.session import interruptible, ray_session
+from deepdisc_ops.sweeps.space import SweepSpec
+from deepdisc_ops.tracking import Tracker, default_uri
+
+log = logging.getLogger(__name__)
+
+
+class Manifest(Settings):
+    """``sweep.yaml``: what a results folder belongs to."""
+
+    sweep_id: str
+    name: str
+    spec_digest: str
+    tracking_uri: str
+    finished: bool = False
+
+
+def run_sweep(
+    spec: SweepSpec,
+    out: Path,
+    *,
+    tracking_uri: str | None = None,
+    progress: Progress | None = None,
+    train: trial.Train | None = None,
+) -> SweepResult:
+    """Run all trials of ``spec``, or continue them if ``out`` holds this sweep unfinished; a finished one is returned as it is.
+
+    ``train`` is an importable function with the signature of `deepdisc_ops.training.loop.train`, the default. SIGTERM and
+    SIGINT end the sweep in order: trials stop at their last checkpoint, runs are closed as KILLED, and SystemExit is raised;
+    the same call then resumes. Raises ConfigError for a folder that holds another sweep, TrainingError if no trial is usable.
+    """
+    out = out.absolute()
+    if train is None:
+        train = _default_train(spec)
+    manifest = _open_manifest(spec, out, tracking_uri)
+    recorder = Recorder(Tracker(manifest.tracking_uri), spec, manifest.sweep_id, out, progress)
+    if manifest.finished:
+        log.info("sweep %s in %s is already finished", spec.name, out)
+        return recorder.close()
+    with ray_session(spec.resources), interruptible() as signals, _listening(manifest.sweep_id, recorder):
+        failed = _fit(spec, out, manifest.sweep_id, train)
+    if signals:
+        recorder.close_interrupted()
+        raise SystemExit(128 + signals[0])
+    result = recorder.close(failed)
+    _write_manifest(out, manifest.model_copy(update={"finished": True}))
+    return result
+
+
+class Forwarder(tune.Callback):  # type: ignore[misc]  # ray is untyped
+    """Hands Ray's events to the recorder of a sweep.
+
+    Ray pickles its callbacks into the sweep's state, so this one holds the sweep's id and not the recorder.
+    """
+
+    def __init__(self, sweep_id: str) -> None:
+        """Events of the sweep ``sweep_id`` only."""
+        self._sweep_id = sweep_id
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """A trial begins or continues."""
+        _RECORDERS[self._sweep_id].started(trial.trial_id, trial.config)
+
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
+        """A trial has reported."""
+        _RECORDERS[self._sweep_id].measured(trial.trial_id)
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """A trial has come to its end or was stopped by the scheduler."""
+        _RECORDERS[self._sweep_id].ended(trial.trial_id, failed=False)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """A trial has failed for good."""
+        _RECORDERS[self._sweep_id].ended(trial.trial_id, failed=True)
+
+
+_RECORDERS: dict[str, Recorder] = {}
+"""Recorders of the running sweeps, by sweep id."""
+
+
+@contextmanager
+def _listening(sweep_id: str, recorder: Recorder) -> Iterator[None]:
+    _RECORDERS[sweep_id] = recorder
+    try:
+        yield
+    finally:
+        del _RECORDERS[sweep_id]
+
+
+def _fit(spec: SweepSpec, out: Path, sweep_id: str, train: trial.Train) -> set[str]:
+    """Let Ray run the trials that are not finished; returns the ids of those that failed."""
+    trainable = tune.with_resources(trial.run_trial, {"cpu": spec.resources.cpus, "gpu": spec.resources.gpus})
+    state = str(out / "ray")
+    if tune.Tuner.can_restore(state):
+        log.info("continuing the sweep in %s", out)
+        tuner = tune.Tuner.restore(state, trainable, resume_unfinished=True)
+    else:
+        plan = trial.plan_of(spec.base, out / "trials", train, spec.resources.cpus)
+        tuner = tune.Tuner(
+            trainable,
+            param_space={**space.to_ray(spec), trial.PLAN: plan},
+            tune_config=_tune_config(spec),
+            run_config=tune.RunConfig(
+                name="ray",
+                storage_path=str(out),
+                verbose=0,
+                callbacks=[Forwarder(sweep_id), JsonLoggerCallback()],
+                failure_config=tune.FailureConfig(max_failures=spec.retries),
+            ),
+        )
+    return {Path(result.path).name for result in tuner.fit() if result.error}
+
+
+def _tune_config(spec: SweepSpec) -> tune.TuneConfig:
+    scheduler: Any = FIFOScheduler()
+    if spec.scheduler.name == "asha":
+        # One step beyond the longest training: the last report then returns, and training ends by itself.
+        scheduler = ASHAScheduler(
+            time_attr="step",
+            max_t=space.longest_training(spec) + 1,
+            grace_period=spec.scheduler.grace_steps,
+            reduction_factor=spec.scheduler.reduction_factor,
+        )
+    return tune.TuneConfig(
+        metric=spec.metric,
+        mode=spec.direction,
+        num_samples=spec.trials,
+        search_alg=BasicVariantGenerator(random_state=spec.seed, max_concurrent=spec.concurrency or 0),
+        scheduler=scheduler,
+        time_budget_s=spec.time_limit_s,
+        trial_name_creator=_trial_id,
+        trial_dirname_creator=_trial_id,
+        reuse_actors=True,
+    )
+
+
+def _trial_id(ray_trial: Any) -> str:
+    return str(ray_trial.trial_id)
+
+
+def _default_train(spec: SweepSpec) -> trial.Train:
+    """The real training loop, once every dataset that the sweep names could be opened."""
+    from deepdisc_ops.data.records import open_dataset
+    from deepdisc_ops.training.loop import train
+
+    axis = spec.space.get("data.path")
+    for path in axis.values if axis else (space.trial_config(spec.base, {}).data.path,):
+        open_dataset(Path(path))
+    return train
+
+
+def _open_manifest(spec: SweepSpec, out: Path, tracking_uri: str | None) -> Manifest:
+    """The manifest of a new or a continued sweep; a folder belongs to one specification for good."""
+    path = out / "sweep.yaml"
+    digest = hashlib.sha256(space.dump(spec).encode()).hexdigest()
+    if not path.exists():
+        out.mkdir(parents=True, exist_ok=True)
+        sweep_id = f"{spec.name}-{uuid.uuid4().hex[:8]}"
+        manifest = Manifest(sweep_id=sweep_id, name=spec.name, spec_digest=digest, tracking_uri=tracking_uri or default_uri(out))
+        _write_manifest(out, manifest)
+        return manifest
+    manifest = settings.load(path, schema=Manifest)
+    if manifest.spec_digest != digest:
+        raise ConfigError(
+            f"{out} holds sweep {manifest.name!r} with another specification; choose another folder, or run {out / 'spec.yaml'}"
+        )
+    if tracking_uri not in (None, manifest.tracking_uri):
+        raise ConfigError(
+            f"the sweep in {out} is recorded in {manifest.tracking_uri}, not {tracking_uri}; continue with the former"
+        )
+    return manifest
+
+
+def _write_manifest(out: Path, manifest: Manifest) -> None:
+    trial.write_atomically(out / "sweep.yaml", yaml.safe_dump(manifest.model_dump(), sort_keys=False))

@@ -1,0 +1,146 @@
+"""Training one network, from a data set and a config to its best checkpoint.
+
+Reads from top to bottom. Nothing here knows of sweeps or tracking: progress leaves through ``report(step, metrics)``.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from deepdisc_ops.config import DataSettings, TrainingConfig, TrainSettings
+from deepdisc_ops.data.loader import CropLoader, label, measure_noise
+from deepdisc_ops.data.records import Dataset, Record, open_dataset, subset
+from deepdisc_ops.errors import ConfigError, TrainingError
+from deepdisc_ops.model.build import DeepDisc
+from deepdisc_ops.model.weights import save_member
+from deepdisc_ops.photoz.figures import loss_curves, write_figure
+from deepdisc_ops.training.checkpoint import load_state, save_state
+from deepdisc_ops.training.targets import stack, to_instances
+from deepdisc_ops.training.validation import validate
+
+Report = Callable[[int, Mapping[str, float]], None]
+log = logging.getLogger(__name__)
+
+
+def train(config: TrainingConfig, out: Path, *, report: Report | None = None) -> Path:
+    """Train to ``config.train.steps`` and return the folder of the best checkpoint, ``out``/best.
+
+    Goes on from ``out``/last if it is there. At each validation writes ``last`` and, at a lower validation NLL, ``best``,
+    draws ``loss.png``, then calls ``report``; what ``report`` raises ends the run with all of that on disk.
+    """
+    dataset = open_dataset(config.data.path)
+    records = subset(dataset.records("train"), config.data.fraction, dataset.info.seed)
+    held_out = dataset.records("validation")
+    config = complete(config, dataset, records)
+    device, settings = torch.device(config.train.device), config.train
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    torch.manual_seed(config.seed)
+
+    network = DeepDisc(config.model, config.inference)
+    start_at_redshifts(network, config, records, dataset)
+    network.to(device, memory_format=torch.channels_last).train()
+    optimizer = build_optimizer(network, settings)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, settings))
+    loader = CropLoader(records, dataset.info, config.data, config.model, config.seed)
+
+    parts = {"network": network, "optimizer": optimizer, "schedule": schedule}
+    state = load_state(out / "last", **parts)
+    if not (out / "best").exists():
+        state.best = math.inf
+    started, seen, losses_seen = time.monotonic(), 0, []
+    for step in range(state.step, settings.steps):
+        samples = loader.batch(step, settings.batch_size)
+        pixels = stack(samples, device).contiguous(memory_format=torch.channels_last)
+        losses = network.losses(pixels, [to_instances(sample, device) for sample in samples])
+        total = torch.stack(list(losses.values())).sum()
+        if not torch.isfinite(total):
+            raise TrainingError(f"loss is not finite at step {step}: {_describe(losses)}; lower train.lr or train.clip_norm")
+        optimizer.zero_grad(set_to_none=True)
+        total.backward()
+        nn.utils.clip_grad_norm_(network.parameters(), settings.clip_norm)
+        optimizer.step()
+        schedule.step()
+        losses_seen.append(total.detach())
+        seen += len(samples)
+
+        done = step + 1
+        if done % settings.validate_every == 0 or done == settings.steps:
+            rate = seen / (time.monotonic() - started)
+            metrics = {"train_loss": float(torch.stack(losses_seen).mean()), "lr": schedule.get_last_lr()[0], "images_per_s": rate}
+            metrics |= validate(network, config, held_out, dataset.info)
+            log.info("step %d: %s", done, ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+            state.step = done
+            state.history.append({"step": float(done), **metrics})
+            if metrics["val_nll"] < state.best or not (out / "best").exists():
+                state.best = metrics["val_nll"]
+                save_member(out / "best", network, config, metrics, done)
+            save_state(out / "last", state, **parts)
+            write_figure(loss_curves(state.history), out / "loss.png")
+            if report:
+                report(done, metrics)
+            started, seen, losses_seen = time.monotonic(), 0, []
+    return out / "best"
+
+
+def complete(config: TrainingConfig, dataset: Dataset, records: Sequence[Record]) -> TrainingConfig:
+    """Fill in what the data set decides: pixel scale and noise per band; check the bands against it."""
+    model, info = config.model, dataset.info
+    missing = [band for band in model.bands if band not in info.bands]
+    if missing:
+        raise ConfigError(
+            f"model.bands has {', '.join(missing)}, {dataset.path} holds {', '.join(info.bands)}; train on bands the data have"
+        )
+    if model.pixel_scale is not None and abs(model.pixel_scale / info.pixel_scale - 1) > 0.01:
+        raise ConfigError(
+            f"model.pixel_scale is {model.pixel_scale} arcsec, that of {dataset.path} {info.pixel_scale}; leave it out"
+        )
+    noise = model.input.noise_njy or measure_noise(records, model.bands)
+    scaled = model.model_copy(
+        update={"pixel_scale": info.pixel_scale, "input": model.input.model_copy(update={"noise_njy": noise})}
+    )
+    data = DataSettings(**(config.data.model_dump() | {"path": dataset.path}))
+    return config.model_copy(update={"model": scaled, "data": data})
+
+
+def start_at_redshifts(network: DeepDisc, config: TrainingConfig, records: Sequence[Record], dataset: Dataset) -> None:
+    """Start the mixture's means at quantiles of the training n(z)."""
+    labels = [label(record.objects, dataset.info, config.model, config.data.min_box).redshift for record in records]
+    z = np.concatenate(labels)
+    z = z[np.isfinite(z)]
+    if len(z) == 0:
+        head = config.model.redshift_head
+        raise ConfigError(f"no galaxy with a redshift and {head.gold_band} < {head.gold_limit} in {dataset.path}; raise gold_limit")
+    k = network.redshift_head.components
+    means = np.quantile(z, (np.arange(k) + 0.5) / k)
+    network.redshift_head.start_at(torch.as_tensor(means, dtype=torch.float32), sigma=float(max(np.std(z) / 2, 0.05)))
+
+
+def build_optimizer(network: DeepDisc, settings: TrainSettings) -> torch.optim.Optimizer:
+    """AdamW or SGD over all parameters."""
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(network.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
+    return torch.optim.SGD(network.parameters(), lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay)
+
+
+def learning_rate_factor(step: int, settings: TrainSettings) -> float:
+    """Share of ``settings.lr`` at ``step``: linear warm-up, then the schedule."""
+    warmup = min(1.0, (step + 1) / (settings.warmup_steps + 1))
+    progress = step / settings.steps
+    if settings.schedule == "cosine":
+        return warmup * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
+    if settings.schedule == "multistep":
+        return float(warmup * 0.1 ** sum(progress >= milestone for milestone in settings.milestones))
+    return warmup
+
+
+def _describe(losses: Mapping[str, torch.Tensor]) -> str:
+    return ", ".join(f"{name} {float(value):.3g}" for name, value in losses.items())

@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from deepdisc_ops.data import surveys
+from deepdisc_ops.errors import ConfigError
+
+
+@pytest.fixture(params=sorted(surveys.SURVEYS))
+def survey(request: pytest.FixtureRequest) -> surveys.Survey:
+    return surveys.survey(request.param)
+
+
+def test_every_column_has_a_value_per_band(survey: surveys.Survey) -> None:
+    columns = (survey.psf_fwhm, survey.five_sigma_depth, survey.filter_files, survey.shallow_depth or survey.bands)
+    assert {len(column) for column in columns} == {len(survey.bands)}
+    assert survey.gold_band in survey.bands
+
+
+def test_unknown_survey_names_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'lsst'"):
+        surveys.survey("LSTT".lower())
+
+
+def test_noise_falls_with_the_root_of_the_years() -> None:
+    lsst = surveys.survey("lsst")
+    np.testing.assert_allclose(surveys.noise(lsst, 1.0) / surveys.noise(lsst, 4.0), 2.0)
+
+
+def test_years_must_be_positive() -> None:
+    with pytest.raises(ConfigError, match="years is 0"):
+        surveys.noise(surveys.survey("lsst"), 0)
+
+
+def test_depth_is_the_magnitude_of_five_sigma_in_the_effective_area(survey: surveys.Survey) -> None:
+    conditions = surveys.typical_conditions(survey, 5.0)
+    pixels = 2.266 * (conditions.psf_fwhm / survey.pixel_scale) ** 2
+    five_sigma = 5 * surveys.pixel_noise(survey, conditions) * np.sqrt(pixels)
+    np.testing.assert_allclose(surveys.to_magnitude(five_sigma), conditions.depth)
+
+
+def test_magnitude_and_flux_are_inverse() -> None:
+    magnitudes = np.linspace(15, 35, 21)
+    np.testing.assert_allclose(surveys.to_magnitude(surveys.to_njy(magnitudes)), magnitudes)
+
+
+def test_scenes_without_scatter_are_typical_and_others_are_not() -> None:
+    rng = np.random.default_rng(0)
+    lsst, hsc = surveys.survey("lsst"), surveys.survey("hsc")
+    np.testing.assert_array_equal(surveys.draw_conditions(lsst, 5.0, rng).depth, surveys.typical_conditions(lsst, 5.0).depth)
+    drawn = np.array([surveys.draw_conditions(hsc, 5.0, rng).depth for _ in range(300)])
+    middle = (np.array(hsc.five_sigma_depth) + np.array(hsc.shallow_depth)) / 2
+    np.testing.assert_allclose(drawn.mean(axis=0), middle, atol=0.15)
+    assert (drawn.std(axis=0) > 0.2).all()
+
+
+def test_filters_are_normalised_and_in_order_of_wavelength(survey: surveys.Survey) -> None:
+    bands = surveys.filters(survey)
+    for band in bands:
+        assert np.trapezoid(band.response, np.log(band.wavelength)) == pytest.approx(1.0)
+    effective = [band.effective_wavelength for band in bands]
+    assert effective == sorted(effective)
+    assert 3000 < effective[0] < effective[-1] < 11000

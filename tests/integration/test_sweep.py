@@ -1,0 +1,208 @@
+"""Sweeps on a real Ray and a real MLflow store: what is recorded, what survives, what is left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from deepdisc_ops.errors import ConfigError, TrainingError
+from deepdisc_ops.sweeps import space
+from deepdisc_ops.sweeps.record import TrialProgress
+from deepdisc_ops.sweeps.run import run_sweep
+from deepdisc_ops.sweeps.select import select_members
+from deepdisc_ops.tracking import KIND_TAG, TRIAL_TAG, Tracker, default_uri
+
+pytestmark = pytest.mark.integration
+
+CURVES = Path(__file__).parents[1] / "sweeps"
+
+
+@pytest.fixture(autouse=True)
+def curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let Ray's workers, and this process, import the stand-in for training by name."""
+    monkeypatch.syspath_prepend(CURVES)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(CURVES), os.environ.get("PYTHONPATH")])))
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind() -> Iterator[None]:
+    """No process that was started during the test may outlive it."""
+    before = {child.pid for child in psutil.Process().children(recursive=True)}
+    yield
+    after = [child for child in psutil.Process().children(recursive=True) if child.pid not in before]
+    assert [(child.pid, child.name()) for child in after] == []
+
+
+def fake_spec(rates: list[float], **changes: Any) -> space.SweepSpec:
+    tree = {
+        "name": "fake",
+        "base": {"train": {"steps": 80, "weight_decay": 0.01, "warmup_steps": 0}, "model": {"backbone": {"name": "tiny"}}},
+        "space": {"train.lr": {"grid": rates}, "data.fraction": {"uniform": [0.5, 1.0]}},
+        "scheduler": {"name": "fifo"},
+    }
+    return space.parse_spec(tree | changes, "spec")
+
+
+def assert_one_run_per_trial(uri: str, parent: str, trials: int) -> Tracker:
+    """One parent, one child per trial, every metric with strictly increasing steps."""
+    tracker = Tracker(uri)
+    assert [run.run_id for run in tracker.runs({KIND_TAG: "sweep"})] == [parent]
+    children = tracker.children(parent)
+    assert len(children) == len({child.tags[TRIAL_TAG] for child in children}) == trials
+    for child in children:
+        steps = [step for step, _ in tracker.history(child.run_id, "val_nll")]
+        assert steps == list(range(10, max(steps, default=0) + 1, 10))
+    return tracker
+
+
+def test_asha_stops_the_worse_trials_and_all_are_recorded(spaced: Path) -> None:
+    import learning_curves
+
+    spec = fake_spec([0.1, 0.2, 0.4, 0.8], scheduler={"name": "asha", "grace_steps": 20}, concurrency=1)
+    news: list[TrialProgress] = []
+    result = run_sweep(spec, spaced, train=learning_curves.train, progress=news.append)
+
+    assert [trial.state for trial in result.trials] == ["finished", "stopped_early", "stopped_early", "stopped_early"]
+    assert [trial.step for trial in result.trials] == [80, 20, 20, 20]
+    assert [trial.values["train.lr"] for trial in result.trials] == [0.1, 0.2, 0.4, 0.8]
+    assert result.best.trial_id == result.trials[0].trial_id
+    assert {(one.trial_id, one.state) for one in news} >= {(trial.trial_id, trial.state) for trial in result.trials}
+
+    tracker = assert_one_run_per_trial(result.tracking_uri, result.parent_run_id, 4)
+    parent = tracker.record(result.parent_run_id)
+    assert (parent.status, parent.params["trials"], parent.tags["best_trial"]) == ("FINISHED", "4", result.best.trial_id)
+    assert parent.metrics["best_val_nll"] == pytest.approx(0.1 + 1 / 80)
+    assert tracker.artifacts(parent.run_id) == ["spec.yaml"]
+    for trial in result.trials:
+        child = tracker.record(trial.run_id)
+        assert child.status == "FINISHED"
+        assert child.tags["stopped_early"] == str(trial.step < 80).lower()
+        assert child.tags["backbone"] == "tiny"
+        assert float(child.params["data.fraction"]) == trial.values["data.fraction"]
+        assert child.metrics["best_val_nll"] == trial.best["val_nll"]
+        assert tracker.artifacts(child.run_id) == ["checkpoint", "config.yaml", "loss.png"]
+        assert {"config.yaml", "loss.png", "best", "last"} <= {path.name for path in trial.folder.iterdir()}
+
+    members = select_members(result.tracking_uri, "fake", 2, into=spaced / "copies")
+    assert [member.run_id for member in members] == [trial.run_id for trial in result.trials[:2]]
+    assert members[0].config.train.threads == 1
+    # The same call again returns the finished sweep without starting anything.
+    assert run_sweep(spec, spaced, train=learning_curves.train).trials == result.trials
+    with pytest.raises(ConfigError, match="holds sweep 'fake' with another specification"):
+        run_sweep(fake_spec([0.1]), spaced, train=learning_curves.train)
+
+
+def test_failed_trials_are_recorded_and_the_others_count(spaced: Path) -> None:
+    import learning_curves
+
+    result = run_sweep(fake_spec([0.1, 1.5, 2.5]), spaced, train=learning_curves.train_or_fail)
+    assert [trial.state for trial in result.trials] == ["finished", "failed", "failed"]
+    assert [trial.error for trial in result.trials] == [
+        None,
+        "ValueError: lr 1.5 is too high",
+        "its process died without a word; memory is the usual reason",
+    ]
+    tracker = assert_one_run_per_trial(result.tracking_uri, result.parent_run_id, 3)
+    assert [tracker.record(trial.run_id).status for trial in result.trials] == ["FINISHED", "FAILED", "FAILED"]
+
+
+def test_a_sweep_without_a_usable_trial_is_an_error(spaced: Path) -> None:
+    import learning_curves
+
+    with pytest.raises(TrainingError, match="none of 1 trials left a checkpoint .*first fault: ValueError: lr 1.5"):
+        run_sweep(fake_spec([1.5]), spaced, train=learning_curves.train_or_fail)
+    (parent,) = Tracker(default_uri(spaced)).runs({KIND_TAG: "sweep"})
+    assert parent.status == "FAILED"
+
+
+def test_a_trial_larger_than_the_machine_is_refused(spaced: Path) -> None:
+    import learning_curves
+
+    with pytest.raises(ConfigError, match="resources.gpus: a trial asks for 64"):
+        run_sweep(fake_spec([0.1], resources={"gpus": 64}), spaced, train=learning_curves.train)
+
+
+DRIVER = """
+import sys
+from pathlib import Path
+import learning_curves
+from deepdisc_ops.sweeps import space
+from deepdisc_ops.sweeps.run import run_sweep
+out = Path(sys.argv[1])
+run_sweep(space.load_spec(out / "asked.yaml"), out / "sweep", train=learning_curves.train)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_sweep_goes_on_after_its_driver_was_ended(spaced: Path, number: signal.Signals) -> None:
+    import learning_curves
+
+    spec = fake_spec([0.1, 0.2, 0.3], concurrency=1)
+    spec = spec.model_copy(update={"base": {"train": {"steps": 80, "weight_decay": 0.15, "warmup_steps": 0}}})
+    (spaced / "asked.yaml").write_text(space.dump(spec))
+    out = spaced / "sweep"
+    driver = subprocess.Popen([sys.executable, "-c", DRIVER, str(spaced)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    family = wait_until_second_trial(driver, out / "trials")
+    driver.send_signal(number)
+    output, _ = driver.communicate(timeout=60)
+    assert driver.returncode == (143 if number == signal.SIGTERM else -number), output.decode()
+    assert psutil.wait_procs(family, timeout=30)[1] == []
+    if number == signal.SIGTERM:
+        (parent,) = Tracker(default_uri(out)).runs({KIND_TAG: "sweep"})
+        assert parent.status == "KILLED"
+        assert sorted(run.status for run in Tracker(default_uri(out)).children(parent.run_id)) == ["FINISHED", "KILLED"]
+
+    first = min((out / "trials").iterdir(), key=lambda folder: folder.name)
+    before = (first / "metrics.jsonl").read_text()
+    result = run_sweep(space.load_spec(spaced / "asked.yaml"), out, train=learning_curves.train)
+    assert [(trial.state, trial.step) for trial in result.trials] == [("finished", 80)] * 3
+    assert (first / "metrics.jsonl").read_text() == before
+    tracker = assert_one_run_per_trial(result.tracking_uri, result.parent_run_id, 3)
+    assert all(child.status == "FINISHED" for child in tracker.children(result.parent_run_id))
+
+
+def wait_until_second_trial(driver: subprocess.Popen[bytes], trials: Path) -> list[psutil.Process]:
+    """Wait for the second trial's second report; returns all processes of the sweep."""
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline and driver.poll() is None:
+        journals = sorted(trials.glob("*/metrics.jsonl"))
+        if len(journals) == 2 and journals[1].read_text().count("\n") >= 2:
+            return psutil.Process(driver.pid).children(recursive=True)
+        time.sleep(0.05)
+    driver.kill()
+    raise AssertionError(driver.communicate()[0].decode())
+
+
+def test_the_real_training_loop_in_a_sweep(spaced: Path) -> None:
+    from deepdisc_ops.data.simulate import simulate_dataset
+    from deepdisc_ops.data.surveys import survey
+
+    scenes = simulate_dataset(survey("hsc"), spaced / "scenes", counts={"train": 4, "validation": 1}, size=128, seed=5)
+    tree = {
+        "name": "real",
+        "base": {
+            "data": {"path": str(spaced / "scenes"), "crop": 64},
+            "model": {"bands": list(scenes.info.bands)},
+            "train": {"steps": 4, "batch_size": 1, "warmup_steps": 0, "validate_every": 2},
+        },
+        "space": {"model.backbone.name": {"grid": ["tiny", "small"]}},
+        "scheduler": {"name": "asha", "grace_steps": 4},
+    }
+    result = run_sweep(space.parse_spec(tree, "spec"), spaced / "out")
+    assert [trial.state for trial in result.trials] == ["finished", "finished"]
+    tracker = Tracker(result.tracking_uri)
+    for trial in result.trials:
+        assert [step for step, _ in tracker.history(trial.run_id, "val_nll")] == [2, 4]
+        assert tracker.record(trial.run_id).tags["dataset"] == "scenes"
+    (member,) = select_members(result.tracking_uri, "real", 1, into=spaced / "copies")
+    assert (member.checkpoint / "member.safetensors").exists()
+    assert member.config.model.pixel_scale == scenes.info.pixel_scale

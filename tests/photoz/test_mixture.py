@@ -1,0 +1,266 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.integrate import quad
+from scipy.stats import kstest, truncnorm
+
+from deepdisc_ops.photoz.mixture import GaussianMixture, concatenate, summarise
+
+LEVELS = (0.01, 0.16, 0.5, 0.84, 0.99)
+
+
+def random_mixture(n: int, components: int, seed: int, lowest_mean: float = -0.3) -> GaussianMixture:
+    rng = np.random.default_rng(seed)
+    shape = (n, components)
+    sigmas = np.exp(rng.uniform(np.log(0.01), np.log(0.6), shape))
+    return GaussianMixture.from_arrays(rng.dirichlet(np.ones(components), n), rng.uniform(lowest_mean, 3, shape), sigmas)
+
+
+def torch_mixture(mixture: GaussianMixture) -> torch.distributions.MixtureSameFamily:
+    return torch.distributions.MixtureSameFamily(
+        torch.distributions.Categorical(logits=mixture.logits), torch.distributions.Normal(mixture.means, mixture.sigmas)
+    )
+
+
+def mixtures(max_components: int = 6) -> st.SearchStrategy[GaussianMixture]:
+    component = st.tuples(st.floats(0.01, 1), st.floats(-1, 4), st.floats(0.004, 2))
+    return st.lists(component, min_size=1, max_size=max_components).map(
+        lambda parts: GaussianMixture.from_arrays(*(np.array(column)[None] for column in zip(*parts, strict=True)))
+    )
+
+
+def test_the_density_integrates_to_one() -> None:
+    mixture = random_mixture(4, 5, seed=1)
+    breaks = sorted(mixture.means.flatten().tolist())
+    for i in range(len(mixture)):
+        one = mixture.select(slice(i, i + 1))
+        whole, _ = quad(lambda z, m=one: m.log_prob(torch.tensor([z], dtype=torch.float64)).exp().item(), -8, 12, points=breaks, limit=400)
+        cut, _ = quad(lambda z, m=one: m.truncated_density(np.array([z]))[0, 0], 0, 12, points=[b for b in breaks if b > 0], limit=400)
+        assert whole == pytest.approx(1, abs=1e-7)
+        assert cut == pytest.approx(1, abs=1e-7)
+
+
+def test_torch_distributions_agree() -> None:
+    mixture = random_mixture(50, 5, seed=2)
+    grid = torch.linspace(-1, 5, 301, dtype=torch.float64)
+    second_opinion = torch_mixture(mixture)
+    torch.testing.assert_close(mixture.log_prob(grid[None]), second_opinion.log_prob(grid[:, None]).T, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(mixture.cdf(grid[None]), second_opinion.cdf(grid[:, None]).T, rtol=0, atol=1e-12)
+    below = second_opinion.cdf(torch.zeros(50, dtype=torch.float64))
+    cut = (mixture.cdf(grid[None]) - below[:, None]).clamp_min(0) / (1 - below[:, None])
+    torch.testing.assert_close(mixture.truncated_cdf(grid[None]), cut, rtol=0, atol=1e-12)
+
+
+def test_log_prob_of_one_redshift_each_equals_the_diagonal_of_the_grid() -> None:
+    mixture = random_mixture(7, 3, seed=3)
+    z = torch.linspace(0, 2, 7, dtype=torch.float64)
+    torch.testing.assert_close(mixture.log_prob(z), mixture.log_prob(z[None]).diagonal())
+    torch.testing.assert_close(mixture.truncated_cdf(z), mixture.truncated_cdf(z[None]).diagonal())
+
+
+@settings(max_examples=60, deadline=None)
+@given(mixtures())
+def test_the_truncated_cdf_is_monotone_and_the_integral_of_the_density(mixture: GaussianMixture) -> None:
+    grid = np.linspace(0, 14, 28001)
+    cdf = mixture.truncated_cdf(torch.as_tensor(grid)[None])[0].numpy()
+    density = mixture.truncated_density(grid)[0]
+    assert np.all(np.diff(cdf) >= -1e-13)
+    assert cdf[0] == 0
+    assert cdf[-1] == pytest.approx(1, abs=1e-6)
+    integral = np.concatenate([[0], np.cumsum((density[1:] + density[:-1]) / 2) * (grid[1] - grid[0])])
+    np.testing.assert_allclose(cdf, integral, atol=2e-3 * max(1, density.max() / 50))
+
+
+@settings(max_examples=80, deadline=None)
+@given(mixtures())
+def test_quantiles_invert_the_cdf(mixture: GaussianMixture) -> None:
+    quantiles = mixture.quantiles(LEVELS)
+    assert torch.all(quantiles >= 0)
+    assert torch.all(quantiles.diff(dim=1) >= 0)
+    torch.testing.assert_close(mixture.truncated_cdf(quantiles)[0].tolist(), list(LEVELS), rtol=0, atol=1e-8)
+
+
+@settings(max_examples=80, deadline=None)
+@given(mixtures())
+def test_no_redshift_is_denser_than_the_mode(mixture: GaussianMixture) -> None:
+    mode = mixture.mode()
+    fine = torch.cat([torch.linspace(0, 6, 12001, dtype=torch.float64), mixture.means[0].clamp_min(0)])
+    assert mode.item() >= 0
+    assert mixture.log_prob(mode).item() >= mixture.log_prob(fine[None]).max().item() - 1e-9
+
+
+def test_the_mode_is_exact() -> None:
+    mixture = random_mixture(200, 5, seed=4, lowest_mean=0.5)
+    mode = mixture.mode()
+    inside = mode > 0
+    z = mode.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(mixture.log_prob(z).sum(), z)
+    (curvature,) = torch.autograd.grad(mixture._score_and_slope(z)[0].sum(), z)
+    assert inside.float().mean() > 0.9
+    assert (slope / curvature)[inside].abs().max() < 1e-8  # the distance that Newton's method would still go
+
+
+def test_mean_and_std_agree_with_scipy() -> None:
+    for mean, sigma in ((1.0, 0.2), (0.1, 0.3), (-0.5, 0.2), (-3.0, 0.3)):
+        expected = truncnorm(-mean / sigma, np.inf, loc=mean, scale=sigma)
+        found = GaussianMixture.from_arrays([[1.0]], [[mean]], [[sigma]]).mean_and_std()
+        assert found[0].item() == pytest.approx(expected.mean(), rel=1e-7)
+        assert found[1].item() == pytest.approx(expected.std(), rel=1e-5)
+
+
+def test_mean_and_std_of_mixtures_are_the_integrals() -> None:
+    mixture = random_mixture(5, 4, seed=5)
+    grid = np.linspace(0, 9, 90001)
+    density = mixture.truncated_density(grid)
+    mean = np.trapezoid(density * grid, grid)
+    std = np.sqrt(np.trapezoid(density * (grid - mean[:, None]) ** 2, grid))
+    np.testing.assert_allclose(mixture.mean_and_std()[0].numpy(), mean, atol=1e-6)
+    np.testing.assert_allclose(mixture.mean_and_std()[1].numpy(), std, atol=1e-6)
+
+
+def test_the_second_peak_and_its_weight() -> None:
+    peaks = GaussianMixture.from_arrays([[0.7, 0.3, 0.0]], [[2.0, 0.5, 9.0]], [[0.1, 0.1, 0.1]]).peaks()
+    assert peaks.mode.item() == pytest.approx(2.0, abs=1e-9)
+    assert peaks.second.item() == pytest.approx(0.5, abs=1e-9)
+    assert peaks.second_weight.item() == pytest.approx(0.3, abs=1e-6)
+
+
+def test_a_density_that_falls_from_zero_peaks_there() -> None:
+    peaks = GaussianMixture.from_arrays([[0.6, 0.4]], [[-0.1, 1.5]], [[0.1, 0.3]]).peaks()
+    assert peaks.mode.item() == pytest.approx(1.5, abs=1e-6) or peaks.mode.item() == 0
+    assert {round(peaks.mode.item(), 6), round(peaks.second.item(), 6)} == {0.0, 1.5}
+
+
+def test_one_component_has_one_peak() -> None:
+    peaks = GaussianMixture.from_arrays([[1.0]], [[0.7]], [[0.2]]).peaks()
+    assert math.isnan(peaks.second.item())
+    assert peaks.second_weight.item() == 0
+
+
+@pytest.mark.parametrize(("n", "components"), [(300, 3), (60, 20), (12, 50)])
+def test_peaks_are_those_of_a_fine_grid(n: int, components: int) -> None:
+    mixture = random_mixture(n, components, seed=6)
+    grid = np.linspace(0, 6, 60001)
+    density = mixture.truncated_density(grid)
+    padded = np.pad(density, ((0, 0), (1, 1)))
+    peaks = mixture.peaks()
+    for i in range(n):
+        maxima = np.flatnonzero((padded[i, 1:-1] > padded[i, :-2]) & (padded[i, 1:-1] >= padded[i, 2:]) & (density[i] > 1e-9))
+        ranked = maxima[np.argsort(-density[i, maxima])]
+        assert peaks.mode[i].item() == pytest.approx(grid[ranked[0]], abs=2e-4)
+        if len(ranked) < 2:
+            continue
+        assert peaks.second[i].item() == pytest.approx(grid[ranked[1]], abs=2e-4)
+        order = np.sort(maxima)
+        place = int(np.flatnonzero(order == ranked[1])[0])
+        left = 0 if place == 0 else order[place - 1] + density[i, order[place - 1] : ranked[1]].argmin()
+        right = len(grid) - 1 if place == len(order) - 1 else ranked[1] + density[i, ranked[1] : order[place + 1]].argmin()
+        weight = np.trapezoid(density[i, left : right + 1], grid[left : right + 1])
+        assert peaks.second_weight[i].item() == pytest.approx(weight, abs=1e-3)
+
+
+def test_component_order_is_irrelevant() -> None:
+    mixture = random_mixture(40, 6, seed=7)
+    order = torch.tensor([3, 0, 5, 1, 4, 2])
+    shuffled = GaussianMixture(*(t[:, order] for t in (mixture.logits, mixture.means, mixture.log_sigmas)))
+    expected = summarise(mixture)
+    for name, column in summarise(shuffled).items():
+        np.testing.assert_allclose(column, expected[name], atol=1e-7, err_msg=name)
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0), (0.2, 5.0, 0.0)])
+def test_an_ensemble_of_equals_is_the_member(weights: tuple[float, ...]) -> None:
+    member = random_mixture(30, 4, seed=8)
+    expected = summarise(member)
+    for name, column in summarise(concatenate([member] * 3, weights)).items():
+        np.testing.assert_allclose(column, expected[name], atol=1e-7, err_msg=name)
+
+
+def test_a_member_that_did_not_find_the_object_takes_no_part() -> None:
+    found, other = random_mixture(10, 3, seed=9), random_mixture(10, 3, seed=10)
+    missing = GaussianMixture(torch.full_like(other.logits, -math.inf), other.means, other.log_sigmas)
+    together = concatenate([found, missing], (1.0, 2.0))
+    assert torch.all(together.weights[:, 3:] == 0)
+    expected = summarise(found)
+    for name, column in summarise(together).items():
+        np.testing.assert_allclose(column, expected[name], atol=1e-7, err_msg=name)
+
+
+def test_components_of_no_weight_may_hold_anything() -> None:
+    expected = summarise(GaussianMixture.from_arrays([[0.4, 0.6]], [[0.5, 2.0]], [[0.1, 0.2]]))
+    padded = summarise(GaussianMixture.from_arrays([[0.4, 0.6, 0.0]], [[0.5, 2.0, np.nan]], [[0.1, 0.2, 0.0]]))
+    for name, column in padded.items():
+        np.testing.assert_allclose(column, expected[name], atol=1e-9, err_msg=name)
+
+
+def test_mixtures_below_zero_are_summarised_near_zero() -> None:
+    summary = summarise(GaussianMixture.from_arrays(np.ones((4, 1)), [[-0.1], [-1], [-5], [-50]], [[0.01], [0.5], [0.1], [0.003]]))
+    for name, column in summary.items():
+        if name != "z_second_peak":
+            assert np.isfinite(column).all(), name
+    assert np.all(summary["z_mode"] == 0)
+    assert np.all((summary["z_median"] > 0) & (summary["z_median"] < 0.5))
+    assert np.all(summary["z_lo68"] < summary["z_hi68"])
+    assert summary["mass_below_zero"][2:] == pytest.approx(1)
+
+
+def test_the_median_is_exact_far_below_zero() -> None:
+    # z falls off as exp(-|mu| z / sigma^2) there
+    mixture = GaussianMixture.from_arrays([[1.0]], [[-20.0]], [[0.1]])
+    assert mixture.quantiles((0.5,)).item() == pytest.approx(math.log(2) * 0.1**2 / 20, rel=1e-4)
+
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_zero_and_one_object(n: int) -> None:
+    summary = summarise(random_mixture(n, 5, seed=11))
+    assert all(column.shape == (n,) and column.dtype == np.float64 for column in summary.values())
+    assert random_mixture(n, 5, seed=11).sample(np.random.default_rng(0), 3).shape == (n, 3)
+
+
+def test_chunks_leave_no_trace() -> None:
+    mixture = random_mixture(3000, 15, seed=12)
+    whole = summarise(mixture)
+    rows = torch.tensor([0, 1, 1499, 2999])
+    for name, column in summarise(mixture.select(rows)).items():
+        np.testing.assert_allclose(column, whole[name][rows.numpy()], atol=1e-8, err_msg=name)
+
+
+def test_single_precision_with_gradients_can_be_summarised() -> None:
+    mixture = random_mixture(5, 3, seed=13)
+    single = GaussianMixture(*(t.float().requires_grad_() for t in (mixture.logits, mixture.means, mixture.log_sigmas)))
+    np.testing.assert_allclose(summarise(single)["z_median"], summarise(mixture)["z_median"], atol=1e-4)
+
+
+def test_samples_follow_the_truncated_cdf() -> None:
+    mixture = random_mixture(3, 4, seed=14)
+    draws = mixture.sample(np.random.default_rng(15), 4000)
+    assert draws.min() >= 0
+    pit = mixture.truncated_cdf(torch.as_tensor(draws))
+    for row in pit:
+        assert kstest(row.numpy(), "uniform").pvalue > 1e-3
+
+
+def test_the_same_seed_draws_the_same_samples() -> None:
+    mixture = random_mixture(3, 4, seed=14)
+    np.testing.assert_array_equal(*(mixture.sample(np.random.default_rng(1), 5) for _ in range(2)))
+
+
+def test_gradients_reach_all_parameters() -> None:
+    mixture = random_mixture(6, 5, seed=16)
+    parameters = [t.requires_grad_() for t in (mixture.logits, mixture.means, mixture.log_sigmas)]
+    z = torch.linspace(0.1, 2, 6, dtype=torch.float64)
+    for loss in (-mixture.log_prob(z).mean(), mixture.truncated_cdf(z).sum()):
+        for gradient in torch.autograd.grad(loss, parameters):
+            assert torch.isfinite(gradient).all()
+            assert (gradient != 0).any(dim=0).all()
+
+
+def test_levels_outside_the_unit_interval_are_rejected() -> None:
+    with pytest.raises(ValueError, match="strictly between 0 and 1"):
+        random_mixture(1, 1, seed=0).quantiles((0.5, 1.0))

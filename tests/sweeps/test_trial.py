@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import learning_curves
+import pytest
+
+from deepdisc_ops.config import TrainingConfig, TrainSettings
+from deepdisc_ops.sweeps import trial
+
+
+class Stop(Exception):
+    """What the scheduler's side of a report may raise."""
+
+
+def config(steps: int = 50) -> TrainingConfig:
+    return TrainingConfig(train=TrainSettings(steps=steps, weight_decay=0))
+
+
+def journal_steps(folder: Path) -> list[int]:
+    return [row.step for row in trial.read_journal(folder)]
+
+
+def test_every_report_reaches_the_journal_and_the_scheduler(spaced: Path) -> None:
+    told: list[dict[str, float]] = []
+    trial.train_in_folder(config(), spaced, learning_curves.train, told.append)
+    assert [entry["step"] for entry in told] == journal_steps(spaced) == [10, 20, 30, 40, 50]
+    assert trial.read_checkpoint(spaced / "best").step == 50
+    assert told[-1]["val_nll"] == trial.read_journal(spaced)[-1].metrics["val_nll"]
+
+
+@pytest.mark.parametrize("lost", [0, 1, 3])
+def test_a_trial_that_was_stopped_anywhere_goes_on_without_gap_or_repetition(spaced: Path, lost: int) -> None:
+    def stop_at_30(metrics: dict[str, float]) -> None:
+        if metrics["step"] == 30:
+            raise Stop
+
+    with pytest.raises(Stop):
+        trial.train_in_folder(config(), spaced, learning_curves.train, stop_at_30)
+    lines = (spaced / "metrics.jsonl").read_text().splitlines(keepends=True)
+    torn = "".join(lines[: len(lines) - lost]) + ('{"step": 3' if lost else "")
+    (spaced / "metrics.jsonl").write_text(torn)
+
+    told: list[float] = []
+    trial.train_in_folder(config(), spaced, learning_curves.train, lambda metrics: told.append(metrics["step"]))
+    assert told == [40, 50]
+    assert journal_steps(spaced) == [10, 20, 30, 40, 50]
+
+
+def test_a_complete_trial_tells_its_last_metrics_once(spaced: Path) -> None:
+    trial.train_in_folder(config(), spaced, learning_curves.train, lambda _: None)
+    told: list[float] = []
+    trial.train_in_folder(config(), spaced, learning_curves.train, lambda metrics: told.append(metrics["step"]))
+    assert told == [50]
+    assert journal_steps(spaced) == [10, 20, 30, 40, 50]
+
+
+def test_the_folder_of_a_trial_says_what_it_trains(spaced: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(spaced)
+    plan = trial.plan_of({"train": {"steps": 30}, "data": {"path": "scenes"}}, spaced, learning_curves.train, cpus=2.5)
+    assert plan["train"] == "learning_curves:train"
+    trial.prepare(spaced / "t_1", {"train.lr": 0.25, trial.PLAN: plan})
+    found, drawn = trial.read_prepared(spaced / "t_1")
+    assert drawn == {"train.lr": 0.25}
+    assert (found.train.lr, found.train.steps, found.train.threads) == (0.25, 30, 2)
+    assert found.data.path == spaced / "scenes"
+    assert trial.read_checkpoint(spaced / "t_1" / "best") is None
+    assert journal_steps(spaced / "t_1") == []
