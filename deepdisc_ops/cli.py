@@ -50,6 +50,7 @@ def main() -> None:
     """Run a command; errors meant for the user are one line on stderr and exit code 2."""
     warnings.filterwarnings("ignore")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
     logging.getLogger("torch.fx").setLevel(logging.ERROR)  # detectron2's use of it is announced at every import
     try:
         app()
@@ -255,6 +256,8 @@ def serve_start(
     run_dir: RunDir = Path("server"),
     workers: Annotated[int, typer.Option(min=1, help="Worker processes, each with the whole ensemble.")] = 1,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads a worker.")] = None,
+    wait: Annotated[float, typer.Option(min=1, help="Seconds to wait until the endpoint is ready.")] = 180.0,
+    max_window: Annotated[int, typer.Option(min=128, help="Side in pixels of the largest window accepted.")] = 2048,
 ) -> None:
     """Serve an archive on a free loopback port; returns when a canary prediction has been answered.
 
@@ -263,7 +266,9 @@ def serve_start(
     from deepdisc_ops.serving import server
 
     with console.status("starting TorchServe") as status:
-        info = server.start(mar, run_dir, workers=workers, threads=threads, progress=status.update)
+        info = server.start(
+            mar, run_dir, workers=workers, threads=threads, wait_s=wait, max_window=max_window, progress=status.update
+        )
     console.print(f"{info.url} is ready; clients find it through {run_dir / 'server.json'}")
 
 
@@ -294,7 +299,7 @@ def serve_stop(run_dir: RunDir = Path("server")) -> None:
 @app.command()
 def predict(
     images: Annotated[list[Path], typer.Argument(help="One multi-extension FITS, a cube, a file per band, or .npz.")],
-    out: Annotated[list[Path], typer.Option(help="Catalogue to write: .parquet, .fits or .ecsv; may be repeated.")],
+    out: Annotated[list[Path], typer.Option(help="Catalogue to write: .parquet or .fits; may be repeated.")],
     model: ModelPath = None,
     server: Annotated[Path | None, typer.Option(help="Use the endpoint of this run directory (or server.json) instead.")] = None,
     ebv: Annotated[str, typer.Option(help="Milky Way E(B-V): a number in mag, or sfd with --dust-maps.")] = "0.03",
@@ -405,7 +410,7 @@ def _predictor(
 
         info = discover(server)
         client = stack.enter_context(Client(info.url, info.token))
-        return client.predict, info.bands, None, f"{info.url} {info.model} {info.model_version}"
+        return client.predict, info.bands, info.pixel_scale, f"{info.model} {info.model_version} at {info.url}"
     from deepdisc_ops.inference.ensemble import Ensemble, digest, write_ensemble
     from deepdisc_ops.model.weights import DESCRIPTION
 

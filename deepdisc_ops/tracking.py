@@ -11,8 +11,10 @@ import contextlib
 import importlib.metadata
 import json
 import logging
+import math
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -133,9 +135,11 @@ class Tracker:
         from mlflow.entities import Metric
 
         with _reported("log metrics"):
-            known = self._client.get_run(run_id).data.metrics
+            known = _record(self._client.get_run(run_id)).metrics
             now = int(time.time() * 1000)
-            new = [Metric(key, float(value), now, step) for key, value in metrics.items() if known.get(key) != float(value)]
+            new = [
+                Metric(key, float(value), now, step) for key, value in metrics.items() if not _same(known.get(key), float(value))
+            ]
             for batch in _batches(new, METRICS_PER_CALL):
                 self._client.log_batch(run_id, metrics=batch)
 
@@ -205,7 +209,7 @@ class Tracker:
     def history(self, run_id: str, metric: str) -> list[tuple[int, float]]:
         """(step, value) of a metric, in the order of the steps."""
         with _reported(f"read {metric}"):
-            return sorted((entry.step, entry.value) for entry in self._client.get_metric_history(run_id, metric))
+            return sorted((entry.step, _value(entry.value)) for entry in self._client.get_metric_history(run_id, metric))
 
     def artifacts(self, run_id: str, folder: str | None = None) -> list[str]:
         """Paths of the run's artifacts, of one level."""
@@ -263,7 +267,17 @@ def _artifact_location(uri: str) -> str | None:
 
 def _record(run: Any) -> RunRecord:
     info, data = run.info, run.data
-    return RunRecord(info.run_id, info.run_name, info.status, dict(data.metrics), dict(data.params), dict(data.tags))
+    metrics = {key: _value(value) for key, value in data.metrics.items()}
+    return RunRecord(info.run_id, info.run_name, info.status, metrics, dict(data.params), dict(data.tags))
+
+
+def _same(known: float | None, value: float) -> bool:
+    return known == value or (known is not None and math.isnan(known) and math.isnan(value))
+
+
+def _value(stored: float) -> float:
+    """A metric as it was logged: sql stores keep infinity as the largest float."""
+    return math.copysign(math.inf, stored) if abs(stored) == sys.float_info.max else stored
 
 
 @contextlib.contextmanager

@@ -49,8 +49,11 @@ def test_steps_are_logged_once_and_increase(tracker: Tracker, store: Path) -> No
 def test_a_figure_of_the_whole_run_is_logged_once(tracker: Tracker) -> None:
     run = tracker.find_or_create("summary", (TRIAL_TAG, "summary"))
     for _ in range(2):
-        tracker.log_summary(run, 7, {"best_val_nll": 0.25, "best_val_bias": math.nan})
+        tracker.log_summary(run, 7, {"best_val_nll": 0.25, "best_val_bias": math.nan, "best_val_outliers": math.inf})
     assert tracker.history(run, "best_val_nll") == [(7, 0.25)]
+    assert len(tracker.history(run, "best_val_bias")) == 1
+    assert tracker.history(run, "best_val_outliers") == [(7, math.inf)]
+    assert tracker.record(run).metrics["best_val_outliers"] == math.inf
 
 
 def test_parameters_metrics_files_dataset_and_provenance_come_back(tracker: Tracker, spaced: Path) -> None:
@@ -95,7 +98,9 @@ def test_a_store_that_cannot_be_used_is_named_with_the_remedy(uri: str, monkeypa
     assert "\n" not in str(caught.value)
 
 
-def test_opening_a_fresh_store_says_nothing(spaced: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]) -> None:
+def test_opening_a_fresh_store_says_nothing(
+    spaced: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
     handlers = list(logging.getLogger().handlers)
     Tracker(default_uri(spaced / "new"))
     assert capfd.readouterr() == ("", "")

@@ -44,7 +44,7 @@ DISCOVERY = "server.json"
 CONFIG = "config.properties"
 LOG_CONFIG = "log4j2.xml"
 KEY_FILE = "key_file.json"
-LOCK = ".lock"
+LOCK = ".deepdisc-server.lock"
 MARK = "DEEPDISC_OPS_RUN_DIR"
 HOST = "127.0.0.1"
 
@@ -57,9 +57,7 @@ START_ATTEMPTS = 3
 LONGEST_SOCKET_PATH = 100
 OVERLAP_ALLOWANCE = 1.5
 
-_EXCEPTION_LINE = re.compile(
-    r"(?:^|MODEL_LOG - )((?:[A-Za-z_]\w*\.)*[A-Za-z_]\w*(?:Error|Exception|Unreachable|Interrupt)\b(?::.*)?)$"
-)
+_EXCEPTION_LINE = re.compile(r"(?:^|MODEL_LOG - )((?:[A-Za-z_]\w*\.)*[A-Za-z_]\w*(?:Error|Exception|Interrupt)\b(?::.*)?)$")
 
 log = logging.getLogger(__name__)
 
@@ -320,10 +318,15 @@ def default_threads(workers: int, environment: Mapping[str, str]) -> int:
 
 
 def failure_in_log(text: str) -> str | None:
-    """Why the model could not be loaded, from the logs of server and worker: the last exception in them."""
+    """Why the model could not be loaded, from the logs of server and worker: the last exception in them.
+
+    TorchServe's worker ends with an exception of its own (``RuntimeError: 500 - ...``), which says nothing.
+    """
+    if "Backend worker process died" not in text and "Failed to load model" not in text:
+        return None
     reasons = [match[1] for line in text.splitlines() if (match := _EXCEPTION_LINE.search(line.rstrip()))]
-    dead = "Backend worker process died" in text or "Failed to load model" in text
-    return reasons[-1].removeprefix("deepdisc_ops.errors.") if dead and reasons else None
+    telling = [reason for reason in reasons if not re.match(r"RuntimeError: \d{3} - ", reason)]
+    return telling[-1].removeprefix("deepdisc_ops.errors.") if telling else None
 
 
 def free_ports(count: int) -> list[int]:
@@ -349,8 +352,8 @@ def _locked(run_dir: Path) -> Iterator[None]:
 
 def _check_own(run_dir: Path) -> None:
     """Refuse a folder that holds other things than a server's."""
-    others = sorted(path.name for path in run_dir.iterdir() if path.name != LOCK) if run_dir.is_dir() else []
-    if others and CONFIG not in others:
+    others = sorted(path.name for path in run_dir.iterdir()) if run_dir.is_dir() else []
+    if others and LOCK not in others:
         raise ServerError(f"{run_dir} holds other files ({others[0]}, ...); give the server a directory of its own")
 
 
@@ -419,7 +422,7 @@ def _start_once(plan: _Plan, run_dir: Path, wait_s: float, tell: Callable[[str],
     tell(f"starting TorchServe, {plan.workers} worker(s) of {plan.threads} thread(s)")
     process = _launch(command, server_environment(os.environ, java, run_dir, temp_dir, plan.threads), run_dir)
     try:
-        keys = _wait_until_ready(process, run_dir, ports, plan.workers, time.monotonic() + wait_s)
+        keys = _wait_until_ready(process, run_dir, ports, plan.workers, wait_s)
         info = _describe(plan, ports, keys, process.pid, temp_dir)
         tell("workers are ready, predicting a canary")
         _canary(info)
@@ -474,29 +477,28 @@ def _launch(command: Sequence[str], environment: Mapping[str, str], run_dir: Pat
     return process
 
 
-def _wait_until_ready(
-    process: subprocess.Popen[bytes], run_dir: Path, ports: Ports, workers: int, deadline: float
-) -> dict[str, Any]:
+def _wait_until_ready(process: subprocess.Popen[bytes], run_dir: Path, ports: Ports, workers: int, wait_s: float) -> dict[str, Any]:
     """Poll until all workers are READY; the keys of the key file. `ServerError` with the reason when it will not be."""
-    url = f"http://{HOST}:{ports.management}"
+    url, logs = f"http://{HOST}:{ports.management}", run_dir / "logs"
+    deadline = time.monotonic() + wait_s
     while time.monotonic() < deadline:
         if (code := process.poll()) is not None:
-            tail = _tail(run_dir / "logs" / "console.log")
-            if "already in use" in tail or "Failed to bind" in tail:
+            console = _tail(logs / "console.log")
+            if any("already in use" in line or "Failed to bind" in line for line in console):
                 raise _PortTaken("another process took a port that was free; choosing others")
-            raise ServerError(f"TorchServe ended with code {code} before it was ready; the end of its log:\n{tail}")
-        if reason := failure_in_log(
-            "\n".join(_tail(run_dir / "logs" / name, lines=400) for name in ("ts_log.log", "model_log.log"))
-        ):
-            raise ServerError(f"the archive could not be loaded: {reason}; the logs are in {run_dir / 'logs'}")
+            raise ServerError(
+                f"TorchServe ended with code {code} before it was ready ({_summary(console)}); the logs are in {logs}"
+            )
+        if reason := failure_in_log("\n".join(_tail(logs / "ts_log.log") + _tail(logs / "model_log.log"))):
+            raise ServerError(f"the archive could not be loaded: {reason}; the logs are in {logs}")
         with contextlib.suppress(httpx.TransportError, OSError, ValueError):
-            tokens: dict[str, Any] = json.loads((run_dir / KEY_FILE).read_text())
-            states = _worker_states(url, tokens["management"]["key"])
+            keys: dict[str, Any] = json.loads((run_dir / KEY_FILE).read_text())
+            states = _worker_states(url, keys["management"]["key"])
             if len(states) >= workers and all(state == "READY" for state in states.values()):
-                return tokens
+                return keys
         time.sleep(0.25)
-    tail = _tail(run_dir / "logs" / "model_log.log") or _tail(run_dir / "logs" / "ts_log.log")
-    raise ServerError(f"no worker was ready in time; give more with --wait; the end of the log:\n{tail}")
+    latest = _summary(_tail(logs / "model_log.log") or _tail(logs / "ts_log.log"))
+    raise ServerError(f"not ready after {wait_s:.0f} s ({latest}); wait longer with --wait, or see the logs in {logs}")
 
 
 def _worker_states(management_url: str, token: str) -> dict[int, str]:
@@ -533,16 +535,19 @@ def _group(pid: int, run_dir: Path) -> list[psutil.Process]:
 
 
 def _end(pid: int, run_dir: Path, grace_s: float) -> None:
-    """Ask the server to end, wait, kill what is left of its group, and collect the exit code where it is our child."""
-    members = _group(pid, run_dir)
-    with contextlib.suppress(psutil.NoSuchProcess):
-        for process in members:
-            if process.pid == pid:
-                process.terminate()
-    _wait_gone(members, grace_s)
+    """Ask the server to end, then kill what is left of its group, and collect the exit code where it is our child.
+
+    Workers have nothing to finish once the server is gone, so they are not waited for.
+    """
+    leader = [process for process in _group(pid, run_dir) if process.pid == pid]
+    for process in leader:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.terminate()
+    _wait_gone(leader, grace_s)
     remaining = _group(pid, run_dir)
     for process in remaining:
-        log.warning("process %d did not end in %.0f s and is killed", process.pid, grace_s)
+        if process.pid == pid:
+            log.warning("the server (pid %d) did not end in %.0f s and is killed", pid, grace_s)
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
     _wait_gone(remaining, grace_s)
@@ -594,11 +599,17 @@ def _write_private(path: Path, text: str) -> None:
     scratch.replace(path)
 
 
-def _tail(path: Path, lines: int = 20) -> str:
+def _tail(path: Path, lines: int = 400) -> list[str]:
     try:
-        return "\n".join(path.read_text(errors="replace").splitlines()[-lines:])
+        return path.read_text(errors="replace").splitlines()[-lines:]
     except FileNotFoundError:
-        return ""
+        return []
+
+
+def _summary(lines: Sequence[str]) -> str:
+    """The line that says most: the last one that names an exception, or the last one."""
+    telling = [line for line in lines if _EXCEPTION_LINE.search(line)] or [line for line in lines if line.strip()]
+    return telling[-1].strip() if telling else "its log is empty"
 
 
 def _escape_property(value: str) -> str:

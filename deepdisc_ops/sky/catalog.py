@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from deepdisc_ops.errors import CatalogError
 from deepdisc_ops.sky.detections import Detections
 
-FORMATS = {".parquet": "parquet.pyarrow", ".fits": "fits", ".ecsv": "ascii.ecsv"}
+FORMATS = (".parquet", ".fits")
 
 
 @dataclass(frozen=True)
@@ -103,14 +103,14 @@ def check_path(path: Path) -> None:
 
 
 def write_catalog(table: Table, path: Path) -> None:
-    """Write Parquet, FITS or ECSV by suffix, under a temporary name first."""
+    """Write Parquet or FITS by suffix, under a temporary name first."""
     check_path(path)
     staging = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         if path.suffix == ".parquet":
             _write_parquet(table, staging)
         else:
-            table.write(staging, format=FORMATS[path.suffix], overwrite=True)
+            table.write(staging, format="fits", overwrite=True)
         staging.replace(path)
     except OSError as error:
         raise CatalogError(f"{path} could not be written ({error}); free space and repeat") from None
@@ -125,8 +125,6 @@ def read_catalog(path: Path, hdu: str | None = None) -> Table:
     try:
         if path.suffix == ".parquet":
             return _read_parquet(path)
-        if path.suffix == ".ecsv":
-            return Table.read(path, format="ascii.ecsv")
         return Table.read(path, format="fits", hdu=hdu or 1)
     except (OSError, ValueError, KeyError) as error:
         raise CatalogError(f"{path} cannot be read as a table ({error}); expected {', '.join(FORMATS)}") from None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,9 +74,11 @@ def _sfd(maps: Path | None, scale: float) -> EbvSource:
             f"SFD dust map not found in {maps}: expected SFD_dust_4096_ngp.fits and SFD_dust_4096_sgp.fits; "
             "fetch them with dustmaps.sfd.fetch() where there is internet and pass their folder with --dust-maps"
         )
-    # dustmaps writes a file into the home directory on import unless told of another place
-    os.environ.setdefault("DUSTMAPS_CONFIG_FNAME", str(Path(tempfile.mkdtemp(prefix="dustmaps-")) / "dustmapsrc"))
-    from dustmaps.sfd import SFDQuery
+    with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings():
+        # dustmaps writes a settings file into the home directory on import unless told of another place, and then says so
+        warnings.simplefilter("ignore")
+        os.environ.setdefault("DUSTMAPS_CONFIG_FNAME", str(Path(scratch) / "dustmapsrc"))
+        from dustmaps.sfd import SFDQuery
 
     query = SFDQuery(map_dir=str(maps))
     return lambda ra, dec: scale * np.asarray(query(SkyCoord(ra, dec, unit="deg")), np.float64)

@@ -69,7 +69,7 @@ def reconcile(tiles: Sequence[Tile], found: Sequence[Detections], width: int, he
     """One list of objects from the detections of overlapping tiles, all in mosaic pixels.
 
     Predicted centres jitter between tiles, so ownership by centre alone would lose or double objects. Copies in
-    different tiles are matched one-to-one by IoU and the copy farthest from a tile edge is kept; an object that only
+    different tiles are matched by IoU, at most one a tile, and the copy farthest from a tile edge is kept; an object that only
     one tile saw is kept if its centre lies in that tile's core, so that overlaps are searched no harder than the rest.
     Detections are flagged `EDGE` at the mosaic's border and `TRUNCATED` at an inner tile edge.
     """
@@ -80,32 +80,25 @@ def reconcile(tiles: Sequence[Tile], found: Sequence[Detections], width: int, he
     tile_of = np.repeat(np.arange(len(tiles)), [len(part) for part in parts])
     depth = np.concatenate([_depth(tile.window, part, width, height) for tile, part in zip(tiles, parts, strict=True)])
     owned = np.concatenate([_inside(tile.core, part) for tile, part in zip(tiles, parts, strict=True)])
-    copies = _copies(everything.boxes, tile_of, depth, min_iou)
-    best = np.ones(len(everything), bool)
-    matched = np.zeros(len(everything), bool)
-    for i in np.argsort(-depth, kind="stable"):
-        if best[i]:
-            partners = copies.get(int(i), [])
-            best[partners] = False
-            matched[i] = bool(partners)
-    return everything.select(np.flatnonzero(best & (matched | owned)))
+    groups = _same_objects(everything.boxes, tile_of, min_iou)
+    kept = [max(group, key=lambda i: depth[i]) for group in groups if len(group) > 1 or owned[group[0]]]
+    return everything.select(np.array(sorted(kept), np.int64))
 
 
-def _copies(boxes: Array, tile_of: Array, depth: Array, min_iou: float) -> dict[int, list[int]]:
-    """For each detection, its shallower copies in other tiles: one-to-one between any two tiles, best IoU first."""
+def _same_objects(boxes: Array, tile_of: Array, min_iou: float) -> list[list[int]]:
+    """Detections grouped by object: at most one from each tile, pairs joined from the best IoU down."""
     first, second, iou = pairwise_iou_candidates(boxes, boxes, min_iou)
-    other = tile_of[first] < tile_of[second]
-    first, second, iou = first[other], second[other], iou[other]
-    taken: set[tuple[int, int]] = set()
-    copies: dict[int, list[int]] = {}
+    between = tile_of[first] < tile_of[second]
+    first, second, iou = first[between], second[between], iou[between]
+    group_of = {i: [i] for i in range(len(boxes))}
     for k in np.argsort(-iou, kind="stable"):
-        i, j = int(first[k]), int(second[k])
-        if (i, int(tile_of[j])) in taken or (j, int(tile_of[i])) in taken:
+        one, other = group_of[int(first[k])], group_of[int(second[k])]
+        if one is other or {tile_of[i] for i in one} & {tile_of[i] for i in other}:
             continue
-        taken |= {(i, int(tile_of[j])), (j, int(tile_of[i]))}
-        deep, shallow = (i, j) if depth[i] >= depth[j] else (j, i)
-        copies.setdefault(deep, []).append(shallow)
-    return copies
+        one.extend(other)
+        for i in other:
+            group_of[i] = one
+    return list({id(group): group for group in group_of.values()}.values())
 
 
 def _inside(core: Window, detections: Detections) -> Array:

@@ -104,6 +104,7 @@ class Recorder:
         self._children.pop(trial_id, None)
         with _deferred(f"the start of trial {trial_id}"):
             self._child(trial_id)
+        self._tell(trial_id, "running")
 
     def measured(self, trial_id: str) -> None:
         """Log the reports that are not yet in the child run, and pass the news on."""
@@ -142,11 +143,12 @@ class Recorder:
 
     def close_interrupted(self) -> None:
         """Close the runs of an interrupted sweep as KILLED; a resume opens them again."""
-        for trial_id, run_id in self._children.items():
-            if trial_id not in self._settled:
-                self._tracker.set_tags(run_id, {STATE_TAG: "interrupted"})
-                self._tracker.end(run_id, "KILLED")
-        self._tracker.end(self.parent, "KILLED")
+        with _deferred(f"the interruption of sweep {self._spec.name}"):
+            for trial_id, run_id in self._children.items():
+                if trial_id not in self._settled:
+                    self._tracker.set_tags(run_id, {STATE_TAG: "interrupted"})
+                    self._tracker.end(run_id, "KILLED")
+            self._tracker.end(self.parent, "KILLED")
 
     def _describe_sweep(self) -> None:
         path = self._out / "spec.yaml"

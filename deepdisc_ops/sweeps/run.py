@@ -16,7 +16,6 @@ from typing import Any
 
 import yaml
 from ray import tune
-from ray.tune.logger import JsonLoggerCallback
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 from ray.tune.search import BasicVariantGenerator
 
@@ -64,11 +63,14 @@ def run_sweep(
     if manifest.finished:
         log.info("sweep %s in %s is already finished", spec.name, out)
         return recorder.close()
-    with ray_session(spec.resources), interruptible() as signals, _listening(manifest.sweep_id, recorder):
-        failed = _fit(spec, out, manifest.sweep_id, train)
-    if signals:
+    try:
+        with ray_session(spec.resources), interruptible() as signals, _listening(manifest.sweep_id, recorder):
+            failed = _fit(spec, out, manifest.sweep_id, train)
+        if signals:
+            raise SystemExit(128 + signals[0])
+    except BaseException:
         recorder.close_interrupted()
-        raise SystemExit(128 + signals[0])
+        raise
     result = recorder.close(failed)
     _write_manifest(out, manifest.model_copy(update={"finished": True}))
     return result
@@ -122,7 +124,7 @@ def _fit(spec: SweepSpec, out: Path, sweep_id: str, train: trial.Train) -> set[s
         log.info("continuing the sweep in %s", out)
         tuner = tune.Tuner.restore(state, trainable, resume_unfinished=True)
     else:
-        plan = trial.plan_of(spec.base, out / "trials", train, spec.resources.cpus)
+        plan = trial.plan_of(spec, out / "trials", train)
         tuner = tune.Tuner(
             trainable,
             param_space={**space.to_ray(spec), trial.PLAN: plan},
@@ -131,11 +133,12 @@ def _fit(spec: SweepSpec, out: Path, sweep_id: str, train: trial.Train) -> set[s
                 name="ray",
                 storage_path=str(out),
                 verbose=0,
-                callbacks=[Forwarder(sweep_id), JsonLoggerCallback()],
+                callbacks=[Forwarder(sweep_id)],
                 failure_config=tune.FailureConfig(max_failures=spec.retries),
             ),
         )
-    return {Path(result.path).name for result in tuner.fit() if result.error}
+    results = tuner.fit()
+    return {Path(results[i].path).name for i in range(len(results)) if results[i].error}
 
 
 def _tune_config(spec: SweepSpec) -> tune.TuneConfig:

@@ -46,7 +46,7 @@ def ray_session(resources: Resources) -> Iterator[None]:
     import ray
 
     temporary = _temporary_folder()
-    with _environment(ENVIRONMENT | {"RAY_AUTH_TOKEN": _token()}):
+    with _signals_restored(), _environment(ENVIRONMENT | {"RAY_AUTH_TOKEN": _token()}):
         try:
             logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
             ray.init(
@@ -58,7 +58,7 @@ def ray_session(resources: Resources) -> Iterator[None]:
                 _temp_dir=str(temporary),
             )
             logging.getLogger("ray.tune").setLevel(logging.ERROR)
-            _check_room(resources, ray.cluster_resources())
+            check_room(resources, ray.cluster_resources())
             yield
         finally:
             processes = _processes_of(temporary)
@@ -83,14 +83,23 @@ def interruptible() -> Iterator[list[int]]:
         else:
             raise SystemExit(128 + number)
 
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
-    try:
+    with _signals_restored():
         signal.signal(signal.SIGTERM, handle)
         signal.signal(signal.SIGINT, handle)
         yield caught
+
+
+@contextmanager
+def _signals_restored() -> Iterator[None]:
+    """Put back the handlers that Ray, Tune and we replace; only the main thread may, and only there they are replaced."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def _temporary_folder() -> Path:
@@ -107,7 +116,8 @@ def _token() -> str:
     return secrets.token_hex(32)
 
 
-def _check_room(resources: Resources, available: dict[str, float]) -> None:
+def check_room(resources: Resources, available: dict[str, float]) -> None:
+    """Raise ConfigError if one trial asks for more than Ray has in all; it would wait for ever."""
     for key, wanted, found in (
         ("cpus", resources.cpus, available.get("CPU", 0.0)),
         ("gpus", resources.gpus, available.get("GPU", 0.0)),

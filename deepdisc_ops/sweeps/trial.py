@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -21,13 +22,15 @@ import yaml
 from deepdisc_ops import config as settings
 from deepdisc_ops.config import TrainingConfig
 from deepdisc_ops.errors import ConfigError
-from deepdisc_ops.sweeps.space import trial_config
+from deepdisc_ops.sweeps.space import SweepSpec, trial_config
 from deepdisc_ops.tracking import Measurement
 
 Report = Callable[[int, Mapping[str, float]], None]
 Train = Callable[..., object]
 PLAN = "plan"
 """The key of a Ray trial's config that holds the sweep's constants; all others are drawn values."""
+WORST = 1e30
+"""What the scheduler is told of a metric that is no number: it must rank last, and schedulers cannot rank NaN or infinity."""
 JOURNAL, CONFIG, DRAWN, FAULT = "metrics.jsonl", "config.yaml", "drawn.json", "error.txt"
 
 
@@ -77,13 +80,15 @@ def read_checkpoint(folder: Path) -> Checkpoint | None:
     return Checkpoint(int(tree["step"]), {key: float(value) for key, value in tree["metrics"].items()})
 
 
-def plan_of(base: Mapping[str, Any], trials: Path, train: Train, cpus: float) -> dict[str, Any]:
+def plan_of(spec: SweepSpec, trials: Path, train: Train) -> dict[str, Any]:
     """The constants of a sweep, as plain values that every worker can read."""
     return {
-        "base": dict(base),
+        "base": spec.base,
+        "metric": spec.metric,
+        "worst": WORST if spec.direction == "min" else -WORST,
         "trials": str(trials.absolute()),
         "train": f"{train.__module__}:{train.__qualname__}",
-        "threads": max(1, int(cpus)),
+        "threads": max(1, int(spec.resources.cpus)),
         "cwd": str(Path.cwd()),
     }
 
@@ -125,13 +130,23 @@ def run_trial(ray_config: Mapping[str, Any]) -> None:
     """Train one member inside a Ray worker, reporting each validation to the trial's journal and to Ray."""
     from ray import tune
 
-    folder = Path(ray_config[PLAN]["trials"]) / tune.get_context().get_trial_id()
+    plan = ray_config[PLAN]
+    folder = Path(plan["trials"]) / tune.get_context().get_trial_id()
     folder.mkdir(parents=True, exist_ok=True)
+
+    def tell(metrics: dict[str, float]) -> None:
+        tune.report(rankable(metrics, plan["metric"], plan["worst"]))
+
     try:
-        train_in_folder(planned_config(ray_config), folder, _load(ray_config[PLAN]["train"]), tune.report)
+        train_in_folder(planned_config(ray_config), folder, _load(plan["train"]), tell)
     except Exception as error:
         write_atomically(folder / FAULT, f"{type(error).__name__}: {' '.join(str(error).split())}")
         raise
+
+
+def rankable(metrics: Mapping[str, float], metric: str, worst: float) -> dict[str, float]:
+    """The metrics with ``worst`` in the place of a ``metric`` that is not finite."""
+    return {**metrics, metric: metrics[metric] if math.isfinite(metrics[metric]) else worst}
 
 
 def train_in_folder(config: TrainingConfig, folder: Path, train: Train, tell: Callable[[dict[str, float]], None]) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from deepdisc_ops.errors import ConfigError, TrainingError
+from deepdisc_ops.errors import ConfigError
 from deepdisc_ops.sweeps import space
 from deepdisc_ops.sweeps.record import TrialProgress
 from deepdisc_ops.sweeps.run import run_sweep
@@ -69,8 +69,10 @@ def test_asha_stops_the_worse_trials_and_all_are_recorded(spaced: Path) -> None:
 
     spec = fake_spec([0.1, 0.2, 0.4, 0.8], scheduler={"name": "asha", "grace_steps": 20}, concurrency=1)
     news: list[TrialProgress] = []
+    handler = signal.getsignal(signal.SIGTERM)
     result = run_sweep(spec, spaced, train=learning_curves.train, progress=news.append)
 
+    assert signal.getsignal(signal.SIGTERM) is handler
     assert [trial.state for trial in result.trials] == ["finished", "stopped_early", "stopped_early", "stopped_early"]
     assert [trial.step for trial in result.trials] == [80, 20, 20, 20]
     assert [trial.values["train.lr"] for trial in result.trials] == [0.1, 0.2, 0.4, 0.8]
@@ -115,22 +117,6 @@ def test_failed_trials_are_recorded_and_the_others_count(spaced: Path) -> None:
     assert [tracker.record(trial.run_id).status for trial in result.trials] == ["FINISHED", "FAILED", "FAILED"]
 
 
-def test_a_sweep_without_a_usable_trial_is_an_error(spaced: Path) -> None:
-    import learning_curves
-
-    with pytest.raises(TrainingError, match="none of 1 trials left a checkpoint .*first fault: ValueError: lr 1.5"):
-        run_sweep(fake_spec([1.5]), spaced, train=learning_curves.train_or_fail)
-    (parent,) = Tracker(default_uri(spaced)).runs({KIND_TAG: "sweep"})
-    assert parent.status == "FAILED"
-
-
-def test_a_trial_larger_than_the_machine_is_refused(spaced: Path) -> None:
-    import learning_curves
-
-    with pytest.raises(ConfigError, match="resources.gpus: a trial asks for 64"):
-        run_sweep(fake_spec([0.1], resources={"gpus": 64}), spaced, train=learning_curves.train)
-
-
 DRIVER = """
 import sys
 from pathlib import Path
@@ -142,41 +128,49 @@ run_sweep(space.load_spec(out / "asked.yaml"), out / "sweep", train=learning_cur
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_sweep_goes_on_after_its_driver_was_ended(spaced: Path, number: signal.Signals) -> None:
+def test_a_sweep_goes_on_after_its_driver_was_killed_and_then_ended(spaced: Path) -> None:
     import learning_curves
 
-    spec = fake_spec([0.1, 0.2, 0.3], concurrency=1)
+    spec = fake_spec([0.1, 0.2, 0.3, 0.4], concurrency=1)
     spec = spec.model_copy(update={"base": {"train": {"steps": 80, "weight_decay": 0.15, "warmup_steps": 0}}})
     (spaced / "asked.yaml").write_text(space.dump(spec))
     out = spaced / "sweep"
-    driver = subprocess.Popen([sys.executable, "-c", DRIVER, str(spaced)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    family = wait_until_second_trial(driver, out / "trials")
-    driver.send_signal(number)
-    output, _ = driver.communicate(timeout=60)
-    assert driver.returncode == (143 if number == signal.SIGTERM else -number), output.decode()
-    assert psutil.wait_procs(family, timeout=30)[1] == []
-    if number == signal.SIGTERM:
-        (parent,) = Tracker(default_uri(out)).runs({KIND_TAG: "sweep"})
-        assert parent.status == "KILLED"
-        assert sorted(run.status for run in Tracker(default_uri(out)).children(parent.run_id)) == ["FINISHED", "KILLED"]
+    journals = []
+    for number, code, trials in ((signal.SIGKILL, -signal.SIGKILL, 2), (signal.SIGTERM, 143, 3)):
+        driver = subprocess.Popen([sys.executable, "-c", DRIVER, str(spaced)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        family = wait_for_trial(trials, driver, out / "trials")
+        driver.send_signal(number)
+        output, _ = driver.communicate(timeout=60)
+        assert driver.returncode == code, output.decode()
+        assert psutil.wait_procs(family, timeout=30)[1] == []
+        journals.append((out / "trials" / first_trial(out) / "metrics.jsonl").read_text())
+    tracker = Tracker(default_uri(out))
+    (parent,) = tracker.runs({KIND_TAG: "sweep"})
+    assert parent.status == "KILLED"
+    assert sorted(run.status for run in tracker.children(parent.run_id)) == ["FINISHED", "FINISHED", "KILLED"]
 
-    first = min((out / "trials").iterdir(), key=lambda folder: folder.name)
-    before = (first / "metrics.jsonl").read_text()
     result = run_sweep(space.load_spec(spaced / "asked.yaml"), out, train=learning_curves.train)
-    assert [(trial.state, trial.step) for trial in result.trials] == [("finished", 80)] * 3
-    assert (first / "metrics.jsonl").read_text() == before
-    tracker = assert_one_run_per_trial(result.tracking_uri, result.parent_run_id, 3)
+    assert [(trial.state, trial.step) for trial in result.trials] == [("finished", 80)] * 4
+    assert [(result.trials[0].folder / "metrics.jsonl").read_text()] * 2 == journals
+    tracker = assert_one_run_per_trial(result.tracking_uri, result.parent_run_id, 4)
     assert all(child.status == "FINISHED" for child in tracker.children(result.parent_run_id))
 
 
-def wait_until_second_trial(driver: subprocess.Popen[bytes], trials: Path) -> list[psutil.Process]:
-    """Wait for the second trial's second report; returns all processes of the sweep."""
+def first_trial(out: Path) -> str:
+    return min(folder.name for folder in (out / "trials").iterdir())
+
+
+def wait_for_trial(number: int, driver: subprocess.Popen[bytes], trials: Path) -> list[psutil.Process]:
+    """Wait for two reports of trial ``number``; returns the sweep's processes.
+
+    Ray's two agents are left out: after a kill of the driver they take a minute to notice, holding no resources.
+    """
     deadline = time.monotonic() + 90
     while time.monotonic() < deadline and driver.poll() is None:
         journals = sorted(trials.glob("*/metrics.jsonl"))
-        if len(journals) == 2 and journals[1].read_text().count("\n") >= 2:
-            return psutil.Process(driver.pid).children(recursive=True)
+        if len(journals) == number and journals[-1].read_text().count("\n") >= 2:
+            family = psutil.Process(driver.pid).children(recursive=True)
+            return [process for process in family if not process.name().startswith(("ray::Dashboard", "ray::RuntimeEnv"))]
         time.sleep(0.05)
     driver.kill()
     raise AssertionError(driver.communicate()[0].decode())
@@ -192,6 +186,7 @@ def test_the_real_training_loop_in_a_sweep(spaced: Path) -> None:
         "base": {
             "data": {"path": str(spaced / "scenes"), "crop": 64},
             "model": {"bands": list(scenes.info.bands)},
+            "inference": {"score_threshold": 0.0},
             "train": {"steps": 4, "batch_size": 1, "warmup_steps": 0, "validate_every": 2},
         },
         "space": {"model.backbone.name": {"grid": ["tiny", "small"]}},

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import stat
+import subprocess
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from xml.etree import ElementTree
@@ -163,6 +165,36 @@ def test_the_reason_of_a_failed_load_is_found_in_the_logs() -> None:
 def test_a_log_without_a_failed_load_gives_no_reason() -> None:
     assert server.failure_in_log("") is None
     assert server.failure_in_log("... MODEL_LOG - RuntimeError: one request failed\n") is None
+
+
+def test_torchserves_own_last_words_do_not_hide_the_reason() -> None:
+    text = "\n".join([PREFIX + "Failed to load model deepdisc, exception x", PREFIX + "RuntimeError: size mismatch for conv"])
+    assert (
+        server.failure_in_log(text + f"\n{PREFIX}RuntimeError: 500 - Unknown exception") == "RuntimeError: size mismatch for conv"
+    )
+
+
+def test_a_log_is_summed_up_by_its_exception_or_its_last_line() -> None:
+    assert server._summary(SERVER_LOG.splitlines()).startswith("java.util.zip.ZipException")
+    assert server._summary(["first", "last", ""]) == "last"
+    assert server._summary([]) == "its log is empty"
+
+
+@pytest.mark.parametrize(
+    ("console", "kind", "text"),
+    [
+        ("java.io.IOException: Failed to bind to address: http://127.0.0.1:1\n", server._PortTaken, "port"),
+        ("WARNING: x\njava.lang.OutOfMemoryError: Java heap space\n", ServerError, "ended with code 3.*heap space"),
+        ("", ServerError, "its log is empty"),
+    ],
+)
+def test_a_server_that_ends_early_tells_why(spaced: Path, console: str, kind: type[Exception], text: str) -> None:
+    (spaced / "logs").mkdir()
+    (spaced / "logs" / "console.log").write_text(console)
+    with subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"]) as process:
+        process.wait()
+        with pytest.raises(kind, match=text):
+            server._wait_until_ready(process, spaced, PORTS, 1, 5.0)
 
 
 def test_tokens_are_not_shown() -> None:

@@ -10,7 +10,7 @@ import yaml
 from deepdisc_ops.config import TrainingConfig
 from deepdisc_ops.errors import CheckpointError, ConfigError, TrainingError
 from deepdisc_ops.sweeps import select
-from deepdisc_ops.tracking import CHECKPOINT_FOLDER, KIND_TAG, SWEEP_NAME_TAG, SWEEP_TAG, TRIAL_TAG, Tracker, default_uri
+from deepdisc_ops.tracking import CHECKPOINT_FOLDER, KIND_TAG, SWEEP_NAME_TAG, SWEEP_TAG, TRIAL_TAG, Tracker
 
 TRIALS = [
     # name, backbone, val_nll, completeness, status
@@ -24,10 +24,10 @@ TRIALS = [
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str, Path]:
+def store(tmp_path_factory: pytest.TempPathFactory, store_uri: str) -> tuple[str, str, Path]:
     """(tracking URI, parent run id, folder) of a sweep called quick with the trials above."""
-    folder = tmp_path_factory.mktemp("a store")
-    tracker = Tracker(default_uri(folder))
+    folder = tmp_path_factory.mktemp("checkpoints")
+    tracker = Tracker(store_uri)
     tags = {KIND_TAG: "sweep", SWEEP_NAME_TAG: "quick"}
     parent = tracker.find_or_create("quick", (SWEEP_TAG, "quick-1"), tags=tags)
     for name, backbone, nll, completeness, status in TRIALS:

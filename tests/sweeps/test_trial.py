@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import learning_curves
@@ -7,6 +8,7 @@ import pytest
 
 from deepdisc_ops.config import TrainingConfig, TrainSettings
 from deepdisc_ops.sweeps import trial
+from deepdisc_ops.sweeps.space import Resources, SweepSpec
 
 
 class Stop(Exception):
@@ -57,7 +59,9 @@ def test_a_complete_trial_tells_its_last_metrics_once(spaced: Path) -> None:
 
 def test_the_folder_of_a_trial_says_what_it_trains(spaced: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(spaced)
-    plan = trial.plan_of({"train": {"steps": 30}, "data": {"path": "scenes"}}, spaced, learning_curves.train, cpus=2.5)
+    base = {"train": {"steps": 30}, "data": {"path": "scenes"}}
+    spec = SweepSpec(name="s", base=base, resources=Resources(cpus=2.5))
+    plan = trial.plan_of(spec, spaced, learning_curves.train)
     assert plan["train"] == "learning_curves:train"
     trial.prepare(spaced / "t_1", {"train.lr": 0.25, trial.PLAN: plan})
     found, drawn = trial.read_prepared(spaced / "t_1")
@@ -66,3 +70,8 @@ def test_the_folder_of_a_trial_says_what_it_trains(spaced: Path, monkeypatch: py
     assert found.data.path == spaced / "scenes"
     assert trial.read_checkpoint(spaced / "t_1" / "best") is None
     assert journal_steps(spaced / "t_1") == []
+
+
+@pytest.mark.parametrize(("value", "told"), [(0.5, 0.5), (math.inf, 1e30), (-math.inf, 1e30), (math.nan, 1e30)])
+def test_a_metric_that_is_no_number_ranks_last(value: float, told: float) -> None:
+    assert trial.rankable({"val_nll": value, "lr": math.nan}, "val_nll", 1e30)["val_nll"] == told

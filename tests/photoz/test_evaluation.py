@@ -1,0 +1,179 @@
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from astropy.table import Table
+from scipy.stats import kstest
+
+from deepdisc_ops.errors import CatalogError
+from deepdisc_ops.photoz.evaluation import Evaluation, catalog_mixture, evaluate
+from deepdisc_ops.photoz.mixture import GaussianMixture, summarise
+
+ARCSEC = 1 / 3600
+SCATTER = 0.05
+
+
+def field(seed: int = 1, n: int = 1200, stars: int = 100, found: float = 0.9, invented: int = 60) -> tuple[Table, Table]:
+    """A catalogue and its truth: some gold galaxies missed, some objects invented, redshifts with calibrated densities."""
+    rng = np.random.default_rng(seed)
+    total = n + stars
+    truth = Table(
+        {
+            "ra": 40 + rng.uniform(0, 0.1, total),
+            "dec": rng.uniform(0, 0.1, total),
+            "class": np.repeat([0, 1], [n, stars]),
+            "redshift": np.r_[rng.gamma(4, 0.25, n) + 0.3, np.zeros(stars)],
+            "mag_i": np.where(rng.random(total) < 0.6, 24.0, 26.0),
+        }
+    )
+    kept = rng.permutation(np.flatnonzero(rng.random(total) < found))
+    z_true = np.r_[np.asarray(truth["redshift"])[kept], rng.uniform(0.5, 2, invented)]
+    sigma = SCATTER * (1 + z_true)
+    mean = z_true + sigma * rng.standard_normal(len(z_true))
+    # the second component is a copy of the first
+    mixture = GaussianMixture.from_arrays(*(np.repeat(column[:, None], 2, 1) for column in (np.full(len(mean), 0.5), mean, sigma)))
+    jitter = 0.1 * ARCSEC * rng.standard_normal((2, len(kept)))
+    catalog = Table(
+        {
+            "ra": np.r_[truth["ra"][kept] + jitter[0], 40 + rng.uniform(0, 0.1, invented)],
+            "dec": np.r_[truth["dec"][kept] + jitter[1], rng.uniform(0, 0.1, invented)],
+            "mix_weights": mixture.weights.numpy(),
+            "mix_means": mixture.means.numpy(),
+            "mix_sigmas": mixture.sigmas.numpy(),
+            **summarise(mixture),
+        }
+    )
+    return catalog, truth
+
+
+def run(catalog: Table, truth: Table, **options: object) -> Evaluation:
+    return evaluate(catalog, truth, rng=np.random.default_rng(1), **options)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def tables() -> tuple[Table, Table]:
+    return field()
+
+
+@pytest.fixture(scope="module")
+def evaluation(tables: tuple[Table, Table]) -> Evaluation:
+    return run(*tables)
+
+
+def test_it_counts_what_was_put_in(tables: tuple[Table, Table], evaluation: Evaluation) -> None:
+    catalog, truth = tables
+    gold = (np.asarray(truth["class"]) == 0) & (np.asarray(truth["mag_i"]) < 25.3)
+    assert evaluation.n_gold == gold.sum()
+    assert (evaluation.n_catalog, evaluation.n_truth) == (len(catalog), len(truth))
+    assert evaluation.completeness.value == pytest.approx(0.9, abs=0.03)
+    assert evaluation.purity.value == pytest.approx((len(catalog) - 60) / len(catalog), abs=0.015)
+    assert 0 < evaluation.completeness_chance < 0.06
+    assert 0 < evaluation.purity_chance < 0.06
+
+
+def test_redshifts_are_judged_on_matched_gold_galaxies(tables: tuple[Table, Table], evaluation: Evaluation) -> None:
+    catalog, truth = tables
+    assert len(evaluation.gold_truth) == len(evaluation.gold_catalog) == evaluation.n_matched == evaluation.lsst.n
+    assert np.all(truth["class"][evaluation.gold_truth] == 0)
+    assert np.all(truth["mag_i"][evaluation.gold_truth] < 25.3)
+    offset = np.asarray(catalog["dec"][evaluation.gold_catalog]) - np.asarray(truth["dec"][evaluation.gold_truth])
+    assert np.abs(offset).max() < ARCSEC
+    assert evaluation.lsst.sigma_iqr == pytest.approx(SCATTER, rel=0.15)
+    assert evaluation.lsst.bias == -evaluation.jades.bias
+    assert evaluation.gain_over_constant > 2
+    assert evaluation.sigma_iqr_constant == pytest.approx(evaluation.gain_over_constant * evaluation.lsst.sigma_iqr)
+
+
+def test_calibrated_densities_pass() -> None:
+    catalog, truth = field(found=1.0, invented=0)  # so that no galaxy is matched to another's density
+    evaluation = run(catalog, truth)
+    z_true = np.asarray(truth["redshift"])[evaluation.gold_truth]
+    entropy = np.log(SCATTER * (1 + z_true)).mean() + 0.5 * math.log(2 * math.pi * math.e)
+    assert kstest(evaluation.pit, "uniform").pvalue > 0.01
+    assert evaluation.pit_ks == pytest.approx(kstest(evaluation.pit, "uniform").statistic)
+    assert evaluation.mean_nll == pytest.approx(entropy, abs=0.1)
+
+
+def test_the_summary_is_json(evaluation: Evaluation) -> None:
+    text = json.dumps(replace(evaluation, purity_chance=math.nan).as_dict(), allow_nan=False)
+    assert json.loads(text)["purity_chance"] is None
+    assert json.loads(text)["lsst"]["sigma_iqr"] == evaluation.lsst.sigma_iqr
+    assert "gold_truth" not in json.loads(text)
+
+
+def test_the_same_seed_gives_the_same_evaluation(tables: tuple[Table, Table], evaluation: Evaluation) -> None:
+    assert run(*tables).as_dict() == evaluation.as_dict()
+
+
+def test_row_order_is_irrelevant(tables: tuple[Table, Table], evaluation: Evaluation) -> None:
+    catalog, truth = tables
+    rng = np.random.default_rng(5)
+    shuffled = run(catalog[rng.permutation(len(catalog))], truth[rng.permutation(len(truth))])
+    for name in ("completeness", "purity", "n_matched", "pit_ks", "sigma_iqr_constant"):
+        assert getattr(shuffled, name) == getattr(evaluation, name)
+    assert shuffled.lsst.sigma_iqr == pytest.approx(evaluation.lsst.sigma_iqr)
+
+
+def test_tables_survive_fits(tables: tuple[Table, Table], evaluation: Evaluation, tmp_path: Path) -> None:
+    read = []
+    for name, table in zip(("catalog", "truth"), tables, strict=True):
+        table.write(tmp_path / f"{name}.fits")
+        read.append(Table.read(tmp_path / f"{name}.fits"))
+    assert run(*read).as_dict() == evaluation.as_dict()
+
+
+def test_one_object_of_one() -> None:
+    catalog, truth = field()
+    one = run(*(table[index : index + 1] for table, index in zip((catalog, truth), matched_gold(catalog, truth), strict=True)))
+    assert (one.completeness.value, one.purity.value, one.n_matched) == (1, 1, 1)
+    assert one.lsst.sigma_iqr == 0
+    assert json.dumps(one.as_dict(), allow_nan=False)
+
+
+def matched_gold(catalog: Table, truth: Table) -> tuple[int, int]:
+    evaluation = run(catalog, truth)
+    return int(evaluation.gold_catalog[0]), int(evaluation.gold_truth[0])
+
+
+def test_the_mixture_of_selected_rows(tables: tuple[Table, Table]) -> None:
+    index = np.array([5, 2])
+    np.testing.assert_allclose(catalog_mixture(tables[0], index).means.numpy(), tables[0]["mix_means"][index])
+    assert len(catalog_mixture(tables[0])) == len(tables[0])
+
+
+def test_missing_columns_are_named(tables: tuple[Table, Table]) -> None:
+    catalog, truth = (table.copy() for table in tables)
+    with pytest.raises(CatalogError, match=r"the truth lacks the columns \['mag_r'\]; it has .*mag_i"):
+        run(catalog, truth, gold_band="r")
+    catalog.remove_columns(["z_mode", "mix_sigmas"])
+    with pytest.raises(CatalogError, match=r"the catalogue lacks the columns \['z_mode', 'mix_sigmas'\]"):
+        run(catalog, truth)
+
+
+def test_fields_that_do_not_overlap_are_told_apart(tables: tuple[Table, Table]) -> None:
+    catalog, truth = (table.copy() for table in tables)
+    catalog["dec"] += 1.0
+    with pytest.raises(CatalogError, match=r"centres of truth and catalogue are 3\d\d\d\.\d arcsec \(\S+ deg\) apart"):
+        run(catalog, truth)
+
+
+def test_an_empty_catalogue_and_a_truth_without_gold(tables: tuple[Table, Table]) -> None:
+    catalog, truth = tables
+    with pytest.raises(CatalogError, match="catalogue is empty"):
+        run(catalog[:0], truth)
+    with pytest.raises(CatalogError, match=r"none of the 1300 truth sources is a galaxy with mag_i < 12"):
+        run(catalog, truth, gold_limit=12.0)
+
+
+@pytest.mark.parametrize(("which", "column", "message"), [(0, "z_mode", "z_mode values"), (1, "redshift", "true redshifts")])
+def test_redshifts_that_are_nan_are_counted(tables: tuple[Table, Table], which: int, column: str, message: str) -> None:
+    changed = [table.copy() for table in tables]
+    evaluation = run(*tables)
+    changed[which][column][(evaluation.gold_catalog, evaluation.gold_truth)[which][:7]] = np.nan
+    with pytest.raises(CatalogError, match=f"7 of the {evaluation.n_matched} {message}"):
+        run(*changed)

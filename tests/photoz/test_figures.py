@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from PIL import Image
+
+from deepdisc_ops.errors import InputError
+from deepdisc_ops.photoz import figures
+from deepdisc_ops.photoz.metrics import point_metrics
+from deepdisc_ops.photoz.mixture import GaussianMixture
+
+
+def redshifts(n: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    z_true = rng.gamma(4, 0.25, n)
+    return z_true, np.maximum(z_true + 0.05 * rng.standard_normal(n), 0)
+
+
+def mixture(n: int, rng: np.random.Generator) -> GaussianMixture:
+    return GaussianMixture.from_arrays(rng.dirichlet(np.ones(3), n), rng.uniform(-0.2, 2, (n, 3)), rng.uniform(0.01, 0.3, (n, 3)))
+
+
+def png(figure: Figure, folder: Path) -> np.ndarray:
+    path = folder / "new" / "figure.png"
+    figures.write_figure(figure, path)
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+    return np.asarray(Image.open(path).convert("RGB"))
+
+
+def texts(figure: Figure) -> str:
+    return " ".join(artist.get_text() for artist in figure.findobj(Text))
+
+
+@pytest.mark.parametrize("n", [1, 400])
+def test_the_redshift_scatter_carries_its_figures(n: int, rng: np.random.Generator, spaced: Path) -> None:
+    z_true, z_phot = redshifts(n, rng)
+    metrics = point_metrics(z_phot, z_true, "lsst", rng)
+    figure = figures.redshift_scatter(z_true, z_phot, metrics)
+    assert png(figure, spaced).std() > 5
+    assert f"N = {n}" in texts(figure)
+    assert f"{metrics.bias:+.4f}" in texts(figure)
+
+
+@pytest.mark.parametrize("n", [1, 500])
+def test_the_pit_figure(n: int, rng: np.random.Generator, spaced: Path) -> None:
+    figure = figures.pit_figure(rng.random(n))
+    assert png(figure, spaced).std() > 5
+    assert "KS distance" in texts(figure)
+
+
+def test_example_densities_show_truth_where_there_is_one(rng: np.random.Generator, spaced: Path) -> None:
+    examples = mixture(4, rng)
+    figure = figures.example_densities(examples, [0.5, np.nan, 1.0, 2.0], examples.mode().numpy(), ["a", "b", "c", "d"])
+    assert png(figure, spaced).std() > 5
+    assert texts(figure).count("true ") == 3
+    assert texts(figure).count("mode ") == 4
+    with pytest.raises(InputError, match="no objects"):
+        figures.example_densities(mixture(0, rng), [], [])
+
+
+def test_completeness_is_drawn_per_magnitude_bin(rng: np.random.Generator, spaced: Path) -> None:
+    magnitude = np.r_[rng.uniform(20, 27, 300), np.nan]
+    figure = figures.completeness_by_magnitude(magnitude, magnitude < 25, band="i", limit=25.3)
+    assert png(figure, spaced).std() > 5
+    assert "i = 25.3" in texts(figure)
+    line = next(line for axes in figure.axes for line in axes.lines if len(line.get_xdata()) > 5)
+    centre, share = line.get_data()
+    np.testing.assert_array_equal(np.asarray(share)[np.asarray(centre) < 25], 1)
+    np.testing.assert_array_equal(np.asarray(share)[np.asarray(centre) > 25], 0)
+    with pytest.raises(InputError, match="no object has a magnitude in i"):
+        figures.completeness_by_magnitude([np.nan], [True], band="i")
+
+
+@pytest.mark.parametrize("shape", [(41, 60), (1, 1)])
+def test_rgb_pictures_of_odd_sizes_and_nan_pixels(shape: tuple[int, int], rng: np.random.Generator, spaced: Path) -> None:
+    planes = rng.standard_normal((3, *shape))
+    planes[0, 0, 0] = np.nan
+    boxes = np.array([[3, 4, 9, 12], [30, 20, 41, 33.5]])
+    figure = figures.rgb_with_boxes(*planes, boxes, [True, False], ["0.51", "1.20"], title="field")
+    assert png(figure, spaced).size > 0
+    assert "matched: 1" in texts(figure)
+    assert "unmatched: 1" in texts(figure)
+    assert "1.20" in texts(figure)
+    assert png(figures.rgb_with_boxes(*planes), spaced).size > 0
+
+
+def test_a_box_is_drawn_around_its_pixels() -> None:
+    planes = np.zeros((3, 20, 20))
+    figure = figures.rgb_with_boxes(*planes, [[4, 6, 8, 9]])
+    (outline,) = figure.axes[0].collections[0].get_paths()
+    # pixel centres are whole numbers: pixels 4 to 7 reach from 3.5 to 7.5
+    assert outline.vertices.min(0).tolist() == [3.5, 5.5]
+    assert outline.vertices.max(0).tolist() == [7.5, 8.5]
+
+
+def test_loss_curves_show_every_name_and_skip_gaps(spaced: Path) -> None:
+    history: list[dict[str, float]] = [{"step": s, "train_loss": 10 / s, "lr": 1e-3, "images_per_s": 2.0} for s in (10, 20, 300)]
+    history[2] |= {"val_nll": -0.3, "val_bias": float("nan"), "val_loss": 1.0}
+    figure = figures.loss_curves(history)
+    assert png(figure, spaced).std() > 5
+    for name in ("train_loss", "val_loss", "val_nll", "val_bias"):
+        assert name in texts(figure)
+    assert "lr" not in texts(figure).split()
+    with pytest.raises(InputError, match="history is empty"):
+        figures.loss_curves([])
+
+
+def test_a_history_without_metrics_is_an_empty_figure(spaced: Path) -> None:
+    assert png(figures.loss_curves([{"step": 1}]), spaced).size > 0
+
+
+def test_pyplot_is_left_alone() -> None:
+    program = "import sys, deepdisc_ops.photoz.figures as f; f.pit_figure([0.5]); sys.exit('matplotlib.pyplot' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

@@ -1,0 +1,230 @@
+"""Bad input through the command line: one line that names the fault and the remedy, exit code 2, nothing half-written."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import typer
+from astropy.io import fits
+
+from deepdisc_ops import cli
+
+
+@pytest.fixture(scope="module")
+def mosaic(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from deepdisc_ops.data.simulate import simulate_scene, write_scene
+    from deepdisc_ops.data.surveys import survey
+
+    path = tmp_path_factory.mktemp("sky") / "mosaic.fits"
+    write_scene(simulate_scene(survey("lsst"), size=160, seed=8), path)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _plain_logging() -> Iterator[None]:
+    """The command line sets up logging and warnings for its process; put them back for the next test."""
+    import logging
+    import warnings
+
+    level, handlers = logging.root.level, logging.root.handlers[:]
+    with warnings.catch_warnings():
+        yield
+    logging.root.handlers[:] = handlers
+    logging.root.setLevel(level)
+
+
+def run(*arguments: object, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> tuple[int, str]:
+    """Exit code and stderr of a command."""
+    monkeypatch.setattr(sys, "argv", ["deepdisc-ops", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return int(ended.value.code or 0), capsys.readouterr().err
+
+
+def edit(mosaic: Path, out: Path, change: str) -> Path:
+    """A copy of the mosaic with one thing wrong."""
+    with fits.open(mosaic) as file:
+        if change == "missing band":
+            del file["Z"]
+        elif change == "no wcs":
+            for hdu in file[1:7]:
+                for key in ("CTYPE1", "CTYPE2"):
+                    hdu.header.remove(key)
+        elif change == "wcs differs":
+            file["R"].header["CRPIX1"] += 0.4
+        elif change == "all nan":
+            for hdu in file[1:7]:
+                hdu.data[:] = np.nan
+        elif change == "two shapes":
+            file["Y"].data = file["Y"].data[:100]
+        file.writeto(out)
+    if change == "truncated":
+        out.write_bytes(out.read_bytes()[: out.stat().st_size // 2])
+    return out
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("missing band", "band z missing: found u, g, r, i, y, expected u, g, r, i, z, y"),
+        ("no wcs", "no celestial WCS"),
+        ("wcs differs", "WCS of band r is 0.4 px off that of band u"),
+        ("all nan", "no pixel of 160x160 is valid"),
+        ("truncated", "is truncated"),
+        ("two shapes", "band y has shape (100, 160), band u (160, 160)"),
+    ],
+)
+def test_a_faulty_mosaic(
+    mosaic: Path,
+    tiny_ensemble: Path,
+    spaced: Path,
+    change: str,
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    image = edit(mosaic, spaced / "bad.fits", change)
+    out = spaced / "catalog.parquet"
+    code, errors = run("predict", image, "--model", tiny_ensemble, "--out", out, capsys=capsys, monkeypatch=monkeypatch)
+    assert code == 2
+    assert message in errors
+    assert errors.startswith("error: ")
+    assert errors.count("\n") == 1
+    assert [path.name for path in spaced.iterdir()] == ["bad.fits"]
+
+
+def test_bands_in_another_order_are_no_fault(
+    mosaic: Path, tiny_ensemble: Path, spaced: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from deepdisc_ops.sky.catalog import read_catalog
+
+    with fits.open(mosaic) as file:
+        fits.HDUList([file[0], *file[6:0:-1]]).writeto(spaced / "turned.fits")
+    for image, name in ((mosaic, "a.parquet"), (spaced / "turned.fits", "b.parquet")):
+        code, errors = run(
+            "predict", image, "--model", tiny_ensemble, "--out", spaced / name, capsys=capsys, monkeypatch=monkeypatch
+        )
+        assert (code, errors) == (0, "")
+    one, other = read_catalog(spaced / "a.parquet"), read_catalog(spaced / "b.parquet")
+    assert len(one) > 0
+    np.testing.assert_array_equal(one["mix_means"], other["mix_means"])
+
+
+def test_wrong_number_of_planes(
+    tiny_ensemble: Path, spaced: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fits.PrimaryHDU(np.zeros((5, 64, 64), np.float32)).writeto(spaced / "cube.fits")
+    words = (
+        "predict",
+        spaced / "cube.fits",
+        "--model",
+        tiny_ensemble,
+        "--out",
+        spaced / "c.fits",
+        "--zero-point",
+        27,
+        "--pixels-only",
+    )
+    code, errors = run(*words, "--plane-bands", "u,g,r,i,z,y", capsys=capsys, monkeypatch=monkeypatch)
+    assert code == 2
+    assert "5 image planes for 6 bands" in errors
+
+
+def test_a_model_of_another_pixel_scale(
+    mosaic: Path, tiny_ensemble: Path, spaced: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with fits.open(mosaic) as file:
+        for hdu in file[1:7]:
+            for key in ("CDELT1", "CDELT2"):
+                hdu.header[key] *= 2
+        file.writeto(spaced / "coarse.fits")
+    words = ("predict", spaced / "coarse.fits", "--model", tiny_ensemble, "--out", spaced / "c.fits")
+    code, errors = run(*words, capsys=capsys, monkeypatch=monkeypatch)
+    assert code == 2
+    assert "0.4000 arcsec/px, the model was trained at 0.2000 arcsec/px" in errors
+
+
+def test_a_damaged_archive(
+    mosaic: Path, tiny_ensemble: Path, spaced: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(tiny_ensemble, spaced / "ensemble"))
+    weights = folder / "member-0.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x00")
+    words = ("predict", mosaic, "--model", folder, "--out", spaced / "c.fits")
+    code, errors = run(*words, capsys=capsys, monkeypatch=monkeypatch)
+    assert code == 2
+    assert "member-0: member-0.safetensors is damaged" in errors
+
+
+def test_an_endpoint_that_is_down(
+    mosaic: Path, spaced: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("predict", mosaic, "--server", spaced / "server", "--out", spaced / "c.fits")
+    code, errors = run(*words, capsys=capsys, monkeypatch=monkeypatch)
+    assert code == 2
+    assert "deepdisc-ops serve start" in errors
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("train", "--set", "train.stepz=3"), "unknown key 'train.stepz', did you mean 'train.steps'?"),
+        (("train", "--set", "data.path=absent"), "absent"),
+        (("simulate", "--survey", "lssst", "--out", "x"), "did you mean 'lsst'?"),
+        (("predict", "m.fits", "--out", "c.fits"), "give either --model or --server"),
+        (("predict", "m.fits", "--out", "c.csv", "--model", "m"), "expected one of .parquet, .fits"),
+        (("archive", "build", "--out", "x.mar"), "name either checkpoint folders or --members"),
+        (("serve", "start", "absent.mar"), "absent.mar"),
+        (("evaluate", "absent.parquet", "--truth", "absent.fits"), "absent.parquet does not exist"),
+    ],
+)
+def test_wrong_words(
+    words: tuple[str, ...], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, errors = run(*words, capsys=capsys, monkeypatch=monkeypatch)
+    assert code == 2
+    assert message in errors
+    assert errors.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sweep_with_a_bad_range(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "s.yaml").write_text("name: s\nspace: {train.lr: {loguniform: [-1.0, 0.1]}}\n")
+    code, errors = run("sweep", "run", tmp_path / "s.yaml", "--out", tmp_path / "o", capsys=capsys, monkeypatch=monkeypatch)
+    assert code == 2
+    assert "train.lr" in errors
+    assert errors.count("\n") == 1
+    assert not (tmp_path / "o").exists()
+
+
+def commands(app: typer.Typer, *names: str) -> Iterator[tuple[str, ...]]:
+    for command in app.registered_commands:
+        yield (*names, command.name or str(command.callback.__name__))  # type: ignore[union-attr]
+    for group in app.registered_groups:
+        yield from commands(group.typer_instance, *names, str(group.name))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("words", commands(cli.app), ids=" ".join)
+def test_every_verb_has_help_with_an_example(
+    words: tuple[str, ...], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["deepdisc-ops", *words, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert not ended.value.code
+    assert f"deepdisc-ops {' '.join(words)}" in " ".join(capsys.readouterr().out.split())
+
+
+def test_help_imports_no_framework() -> None:
+    """Help must come at once; what makes it slow is importing the rooms (time it with `time deepdisc-ops --help`)."""
+    heavy = ("torch", "ray", "mlflow", "astropy", "numpy", "matplotlib")
+    program = f"import sys, deepdisc_ops.cli; print([name for name in {heavy} if name in sys.modules])"
+    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert answer.stdout.strip() == "[]"

@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+
+from deepdisc_ops.config import TrainingConfig, TrainSettings, validate
+from deepdisc_ops.errors import CheckpointError, ConfigError, TrainingError
+from deepdisc_ops.model.weights import load_member
+from deepdisc_ops.training import loop
+from deepdisc_ops.training.checkpoint import write_atomically
+
+
+def config(dataset: Path, **train: object) -> TrainingConfig:
+    tree = {
+        "data": {"path": str(dataset), "crop": 64},
+        "model": {
+            "backbone": {"name": "tiny", "fpn_channels": 16},
+            "box_head": {"hidden": [32]},
+            "redshift_head": {"hidden": [16]},
+        },
+        "train": {"steps": 4, "batch_size": 2, "validate_every": 2, "warmup_steps": 1, "threads": 1, **train},
+    }
+    return validate(TrainingConfig, tree, "test")
+
+
+class Stop(Exception):
+    """What a scheduler raises in a trial."""
+
+
+def test_an_interrupted_run_continued_equals_one_that_was_not(mini_dataset: Path, spaced: Path) -> None:
+    whole: dict[int, Mapping[str, float]] = {}
+    loop.train(config(mini_dataset), spaced / "whole", report=lambda step, metrics: whole.update({step: metrics}))
+
+    parts: dict[int, Mapping[str, float]] = {}
+
+    def stop_at_first(step: int, metrics: Mapping[str, float]) -> None:
+        parts[step] = metrics
+        if step == 2:
+            raise Stop
+
+    with pytest.raises(Stop):
+        loop.train(config(mini_dataset), spaced / "parts", report=stop_at_first)
+    loop.train(config(mini_dataset), spaced / "parts", report=stop_at_first)
+
+    assert list(whole) == list(parts) == [2, 4]
+    for step, metrics in whole.items():
+        for name in set(metrics) - {"images_per_s"}:
+            assert metrics[name] == pytest.approx(parts[step][name], rel=1e-6), (step, name)
+    one, _ = load_member(spaced / "whole" / "best")
+    other, _ = load_member(spaced / "parts" / "best")
+    for name, tensor in one.state_dict().items():
+        torch.testing.assert_close(tensor, other.state_dict()[name], rtol=1e-6, atol=1e-6)
+    assert (spaced / "whole" / "loss.png").stat().st_size > 1000
+
+
+def test_the_checkpoint_knows_bands_noise_and_scale(mini_dataset: Path, spaced: Path) -> None:
+    best = loop.train(config(mini_dataset, steps=1, validate_every=1), spaced)
+    _, info = load_member(best)
+    assert info.config.model.pixel_scale == 0.2
+    assert info.config.model.input.noise_njy is not None
+    assert {"val_nll", "val_sigma_iqr", "val_completeness", "val_loss", "val_loss_redshift", "train_loss"} <= set(info.metrics)
+    assert info.step == 1
+
+
+def test_a_loss_that_is_no_number_stops_and_keeps_the_last_checkpoint(
+    mini_dataset: Path, spaced: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = config(mini_dataset, lr=1e30, clip_norm=1e30, warmup_steps=0, optimizer="sgd", steps=20, validate_every=20)
+    with pytest.raises(TrainingError, match=r"loss is not finite at step \d+: .*loss_redshift"):
+        loop.train(broken, spaced)
+
+
+def test_bands_and_scale_are_checked_against_the_data(mini_dataset: Path, spaced: Path) -> None:
+    base = config(mini_dataset)
+    other = base.model_copy(update={"model": base.model.model_copy(update={"bands": ("g", "r", "k")})})
+    with pytest.raises(ConfigError, match=r"model\.bands has k"):
+        loop.train(other, spaced)
+    other = base.model_copy(update={"model": base.model.model_copy(update={"pixel_scale": 0.03})})
+    with pytest.raises(ConfigError, match=r"pixel_scale is 0\.03"):
+        loop.train(other, spaced)
+
+
+def test_a_run_of_another_network_is_not_resumed(mini_dataset: Path, spaced: Path) -> None:
+    loop.train(config(mini_dataset, steps=1), spaced)
+    base = config(mini_dataset, steps=2)
+    wider = base.model.model_copy(update={"backbone": base.model.backbone.model_copy(update={"fpn_channels": 24})})
+    with pytest.raises(CheckpointError, match="does not fit this run"):
+        loop.train(base.model_copy(update={"model": wider}), spaced)
+
+
+def test_learning_rate_warms_up_and_falls() -> None:
+    cosine = TrainSettings(steps=100, warmup_steps=10)
+    factors = [loop.learning_rate_factor(step, cosine) for step in range(100)]
+    assert factors[0] < 0.1 < max(factors)
+    assert factors[-1] < 0.02
+    steps = TrainSettings(steps=100, warmup_steps=0, schedule="multistep", milestones=(0.3, 0.5, 0.7))
+    assert [round(loop.learning_rate_factor(s, steps), 6) for s in (29, 30, 50, 70)] == [1, 0.1, 0.01, 0.001]
+
+
+def test_a_failed_write_keeps_the_old_file(spaced: Path) -> None:
+    target = spaced / "state.pt"
+    target.write_text("old")
+
+    def full(path: Path) -> None:
+        path.write_text("half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        write_atomically(target, full)
+    assert [path.read_text() for path in spaced.iterdir()] == ["old"]
