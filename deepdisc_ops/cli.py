@@ -125,7 +125,7 @@ def train(
     """
     from deepdisc_ops import config as settings
 
-    loaded = settings.load(config, overrides or ())
+    loaded = settings.load(config, overrides or (), settings.TrainingConfig)
     from deepdisc_ops.training import loop
 
     with _progress("training", loaded.train.steps, "steps") as advance:

@@ -68,11 +68,9 @@ def _draw(result: Evaluation, catalog: Table, truth: Table, out: Path, rng: np.r
     titles = [f"object {catalog['id'][i]}" for i in result.gold_catalog[chosen]]
     figures.write_figure(figures.example_densities(mixture, z_true[chosen], z_mode[chosen], titles), out / "densities.png")
     galaxy = np.asarray(truth["class"]) == 0
-    found = np.zeros(len(truth), bool)
-    found[result.matched_truth] = True
     magnitude = np.asarray(truth[f"mag_{result.gold_band}"], float)
     by_magnitude = figures.completeness_by_magnitude(
-        magnitude[galaxy], found[galaxy], band=result.gold_band, limit=result.gold_limit
+        magnitude[galaxy], result.found[galaxy], band=result.gold_band, limit=result.gold_limit
     )
     figures.write_figure(by_magnitude, out / "completeness.png")
 
@@ -98,7 +96,8 @@ def _draw_picture(result: Evaluation, catalog: Table, truth_path: Path, out: Pat
         (catalog["x"] >= window.x0) & (catalog["x"] < window.x1) & (catalog["y"] >= window.y0) & (catalog["y"] < window.y1)
     )
     boxes = np.stack([catalog[name][inside] for name in ("x0", "y0", "x1", "y1")], axis=1) - [x0, y0, x0, y0]
-    title = f"{image.bands[rgb_planes(len(image.bands))[2]]} {len(inside)} objects"
+    colours = "".join(image.bands[i] for i in reversed(rgb_planes(len(image.bands))))
+    title = f"{len(inside)} objects in the middle of the mosaic, {colours} as red, green, blue"
     picture = figures.rgb_with_boxes(red, green, blue, boxes, result.real[inside], title=title)
     figures.write_figure(picture, out / "picture.png")
 

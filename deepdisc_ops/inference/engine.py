@@ -29,7 +29,7 @@ class Member:
     """A network in evaluation mode with the config it was trained with."""
 
     def __init__(self, network: DeepDisc, config: TrainingConfig, device: str = "cpu") -> None:
-        self.network = network.eval().to(torch.device(device), memory_format=torch.channels_last)
+        self.network = network.eval().to(torch.device(device)).to(memory_format=torch.channels_last)
         self.config = config
         self.device = torch.device(device)
 

@@ -28,6 +28,8 @@ Features = dict[str, Tensor]
 class DeepDisc(nn.Module):
     """Backbone, proposals, box heads, optional masks and the redshift head."""
 
+    scale: Tensor
+
     def __init__(self, model: ModelSettings, inference: InferenceSettings) -> None:
         super().__init__()
         if model.input.noise_njy is None:

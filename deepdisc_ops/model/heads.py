@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import cast
 
 import torch
 from detectron2.layers import ShapeSpec
@@ -137,7 +138,7 @@ class RedshiftHead(nn.Module):
 
     def start_at(self, means: Tensor, sigma: float) -> None:
         """Begin with component means (K,) and width ``sigma`` whatever the features say: the training n(z)."""
-        last, k = self.mixture[-1], self.components
+        last, k = cast(nn.Linear, self.mixture[-1]), self.components
         with torch.no_grad():
             last.weight.mul_(0.1)
             last.bias.zero_()

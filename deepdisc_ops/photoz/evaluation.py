@@ -37,7 +37,7 @@ class Evaluation:
     PIT of the mixture cut at z = 0, mean negative log likelihood of the mixture as it is (as in training).
     ``sigma_iqr_constant`` is the scatter of always answering ``z_constant``, the mode of the matched galaxies' n(z).
     Indices: ``gold_truth`` and ``gold_catalog`` (M,) pairs; ``real`` (N,) bool, catalogue objects matched to any truth
-    source; ``is_gold`` (T,) bool.
+    source; ``is_gold`` and ``found`` (T,) bool, gold galaxies and sources matched to any catalogue object.
     """
 
     n_catalog: int
@@ -62,6 +62,7 @@ class Evaluation:
     gold_catalog: Indices
     is_gold: NDArray[np.bool_]
     real: NDArray[np.bool_]
+    found: NDArray[np.bool_]
 
     @property
     def gain_over_constant(self) -> float:
@@ -114,6 +115,8 @@ def evaluate(
     constant = metrics.residual(np.full_like(z_true, z_constant), z_true, "lsst")
     real = np.zeros(len(catalog), bool)
     real[to_any.index1] = True
+    has_match = np.zeros(len(truth), bool)
+    has_match[to_any.index2] = True
     return Evaluation(
         n_catalog=len(catalog),
         n_truth=len(truth),
@@ -137,6 +140,7 @@ def evaluate(
         gold_catalog=gold_catalog,
         is_gold=is_gold,
         real=real,
+        found=has_match,
     )
 
 

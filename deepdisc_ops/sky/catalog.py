@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from astropy import units
@@ -145,7 +146,7 @@ def _write_parquet(table: Table, path: Path) -> None:
     parquet.write_table(pa.Table.from_arrays(arrays, schema=schema), path)
 
 
-def _flat_array(column: NDArray[np.generic]) -> object:
+def _flat_array(column: NDArray[np.generic]) -> Any:
     import pyarrow as pa
 
     return pa.array(column) if column.ndim == 1 else pa.array([], type=pa.list_(pa.from_numpy_dtype(column.dtype)))

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from enum import IntFlag
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[np.generic]
+Array = NDArray[Any]
 
 
 class Flag(IntFlag):
@@ -52,7 +53,7 @@ class Detections:
     @property
     def centres(self) -> Array:
         """(N, 2) x, y in astropy's 0-based pixel coordinates (the centre of the first pixel is 0, 0)."""
-        return (self.boxes[:, :2] + self.boxes[:, 2:]) / 2 - 0.5
+        return np.asarray((self.boxes[:, :2] + self.boxes[:, 2:]) / 2 - 0.5)
 
     @classmethod
     def empty(cls, components: int) -> Detections:

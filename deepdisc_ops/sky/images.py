@@ -111,7 +111,7 @@ class Mosaic:
         wcs = self.wcs
         if wcs is not None:
             wcs = wcs.slice((slice(window.y0, window.y1), slice(window.x0, window.x1)))
-        return SkyImage(data, self.bands, wcs, self.pixel_scale, invalid.any(axis=0))
+        return SkyImage(data, self.bands, wcs, self.pixel_scale, np.asarray(invalid.any(axis=0)))
 
     def _read_plane(self, i: int, plane: _Plane, window: Window) -> NDArray[np.float32]:
         rows, columns = slice(window.y0, window.y1), slice(window.x0, window.x1)
@@ -273,6 +273,7 @@ def _check_grid(mosaic: Mosaic, require_wcs: bool) -> None:
             raise ImageError(
                 f"band {plane.band} has shape {plane.shape}, band {first.band} {first.shape}; resample them to one grid"
             )
+    systems = [(plane.band, plane.wcs) for plane in mosaic._planes if plane.wcs is not None]
     without = [plane.band for plane in mosaic._planes if plane.wcs is None]
     if without and require_wcs:
         raise ImageError(
@@ -284,11 +285,11 @@ def _check_grid(mosaic: Mosaic, require_wcs: bool) -> None:
     height, width = first.shape
     x = np.array([0, width - 1, 0, width - 1, (width - 1) / 2])
     y = np.array([0, 0, height - 1, height - 1, (height - 1) / 2])
-    for plane in others:
-        there = first.wcs.world_to_pixel_values(*plane.wcs.pixel_to_world_values(x, y))
+    for band, wcs in systems[1:]:
+        there = systems[0][1].world_to_pixel_values(*wcs.pixel_to_world_values(x, y))
         offset = float(np.nanmax(np.hypot(there[0] - x, there[1] - y)))
         if not offset <= WCS_TOLERANCE_PIXELS:
             raise ImageError(
-                f"WCS of band {plane.band} is {offset:.3g} px off that of band {first.band} (tolerance {WCS_TOLERANCE_PIXELS}); "
+                f"WCS of band {band} is {offset:.3g} px off that of band {first.band} (tolerance {WCS_TOLERANCE_PIXELS}); "
                 "resample the bands to one grid"
             )

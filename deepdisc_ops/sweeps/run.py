@@ -64,7 +64,7 @@ def run_sweep(
         log.info("sweep %s in %s is already finished", spec.name, out)
         return recorder.close()
     try:
-        with ray_session(spec.resources), interruptible() as signals, _listening(manifest.sweep_id, recorder):
+        with interruptible() as signals, ray_session(spec.resources), _listening(manifest.sweep_id, recorder):
             failed = _fit(spec, out, manifest.sweep_id, train)
         if signals:
             raise SystemExit(128 + signals[0])

@@ -17,7 +17,7 @@ from types import FrameType
 
 import psutil
 
-from deepdisc_ops.errors import ConfigError
+from deepdisc_ops.errors import ConfigError, SetupError
 from deepdisc_ops.sweeps.space import Resources
 
 log = logging.getLogger(__name__)
@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 LONGEST_TEMPORARY = 40
 """Ray appends up to 67 characters to its folder for a socket, whose path may have 107 bytes."""
 OBJECT_STORE_BYTES = 200 * 1024**2
+STARTS = 3
 ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -41,29 +42,18 @@ ENVIRONMENT = {
 def ray_session(resources: Resources) -> Iterator[None]:
     """Ray on this machine alone, on free ports, without dashboard; nothing of it outlives the block.
 
-    Raises ConfigError if one trial asks for more than the machine has.
+    Raises SetupError if Ray does not start, ConfigError if one trial asks for more than the machine has.
     """
     import ray
 
     temporary = _temporary_folder()
-    with _signals_restored(), _environment(ENVIRONMENT | {"RAY_AUTH_TOKEN": _token()}):
+    with _environment(ENVIRONMENT | {"RAY_AUTH_TOKEN": _token()}):
         try:
-            logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
-            ray.init(
-                address="local",
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.WARNING,
-                object_store_memory=OBJECT_STORE_BYTES,
-                _temp_dir=str(temporary),
-            )
-            logging.getLogger("ray.tune").setLevel(logging.ERROR)
+            _start(temporary)
             check_room(resources, ray.cluster_resources())
             yield
         finally:
-            processes = _processes_of(temporary)
-            ray.shutdown()
-            _end(processes)
+            _stop(temporary)
             shutil.rmtree(temporary, ignore_errors=True)
 
 
@@ -100,6 +90,42 @@ def _signals_restored() -> Iterator[None]:
         if threading.current_thread() is threading.main_thread():
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _start(temporary: Path) -> None:
+    """Start Ray; it gives a node 30 s, which a busy machine may not keep, hence the second and third try."""
+    import ray
+
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
+    fault = ""
+    for _ in range(STARTS):
+        try:
+            with _signals_restored():
+                ray.init(
+                    address="local",
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level=logging.WARNING,
+                    object_store_memory=OBJECT_STORE_BYTES,
+                    _temp_dir=str(temporary),
+                )
+            logging.getLogger("ray.tune").setLevel(logging.ERROR)
+        except Exception as error:  # noqa: BLE001  Ray raises the bare class here
+            fault = " ".join(str(error).split())[:300]
+            log.warning("Ray did not start: %s", fault)
+            _stop(temporary)
+        else:
+            return
+    raise SetupError(f"Ray did not start in {STARTS} attempts ({fault}); free the processors and start again")
+
+
+def _stop(temporary: Path) -> None:
+    """Stop Ray, and then whatever of it is still there."""
+    import ray
+
+    processes = _processes_of(temporary)
+    ray.shutdown()
+    _end(processes)
 
 
 def _temporary_folder() -> Path:

@@ -47,7 +47,7 @@ def train(config: TrainingConfig, out: Path, *, report: Report | None = None) ->
 
     network = DeepDisc(config.model, config.inference)
     start_at_redshifts(network, config, records, dataset)
-    network.to(device, memory_format=torch.channels_last).train()
+    network.to(device).to(memory_format=torch.channels_last).train()
     optimizer = build_optimizer(network, settings)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, settings))
     loader = CropLoader(records, dataset.info, config.data, config.model, config.seed)
@@ -75,7 +75,11 @@ def train(config: TrainingConfig, out: Path, *, report: Report | None = None) ->
         done = step + 1
         if done % settings.validate_every == 0 or done == settings.steps:
             rate = seen / (time.monotonic() - started)
-            metrics = {"train_loss": float(torch.stack(losses_seen).mean()), "lr": schedule.get_last_lr()[0], "images_per_s": rate}
+            metrics = {
+                "train_loss": float(torch.stack(losses_seen).mean()),
+                "lr": float(schedule.get_last_lr()[0]),
+                "images_per_s": rate,
+            }
             metrics |= validate(network, config, held_out, dataset.info)
             log.info("step %d: %s", done, ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
             state.step = done
@@ -121,7 +125,7 @@ def start_at_redshifts(network: DeepDisc, config: TrainingConfig, records: Seque
         raise ConfigError(f"no galaxy with a redshift and {head.gold_band} < {head.gold_limit} in {dataset.path}; raise gold_limit")
     k = network.redshift_head.components
     means = np.quantile(z, (np.arange(k) + 0.5) / k)
-    network.redshift_head.start_at(torch.as_tensor(means, dtype=torch.float32), sigma=float(max(np.std(z) / 2, 0.05)))
+    network.redshift_head.start_at(torch.as_tensor(means, dtype=torch.float32), sigma=max(float(np.std(z)) / 2, 0.05))
 
 
 def build_optimizer(network: DeepDisc, settings: TrainSettings) -> torch.optim.Optimizer:
