@@ -215,10 +215,26 @@ def members_select(
     console.print(table)
 
 
+@members_app.command("gather")
+def members_gather(
+    checkpoints: Annotated[list[Path], typer.Argument(help="Checkpoint folders (RUN/best).")],
+    out: Annotated[Path, typer.Option(help="The ensemble folder to write.")],
+    half: Annotated[bool, typer.Option("--half", help="Store weights in 16 bits: half the size.")] = False,
+) -> None:
+    """Gather checkpoints into an ensemble folder, which `predict` and `archive build` take.
+
+    Example: `deepdisc-ops members gather runs/1/best runs/2/best --out ensemble --half`
+    """
+    from deepdisc_ops.inference.ensemble import write_ensemble
+
+    write_ensemble(out, checkpoints, half=half)
+    console.print(f"{out}: {len(checkpoints)} members, {sum(f.stat().st_size for f in out.iterdir()) / 1e6:.1f} MB")
+
+
 @archive_app.command("build")
 def archive_build(
     out: Annotated[Path, typer.Option(help="The archive to write, NAME.mar.")],
-    checkpoints: Annotated[list[Path] | None, typer.Argument(help="Checkpoint folders (RUN/best).")] = None,
+    checkpoints: Annotated[list[Path] | None, typer.Argument(help="Checkpoint folders (RUN/best), or one ensemble folder.")] = None,
     members: Annotated[Path | None, typer.Option(help="A selection written by `members select`.")] = None,
 ) -> None:
     """Pack members into one TorchServe archive.
@@ -236,7 +252,8 @@ def archive_build(
         selection = select.read_selection(members)
         checkpoints, run_ids = [m.checkpoint for m in selection], [m.run_id for m in selection]
     archive.build_archive(checkpoints or [], out, run_ids)
-    console.print(f"{out}: {len(checkpoints or [])} members, {out.stat().st_size / 1e6:.1f} MB")
+    description = archive.inspect_archive(out)
+    console.print(f"{out}: {len(description['members'])} members, {out.stat().st_size / 1e6:.1f} MB")
 
 
 @archive_app.command("inspect")

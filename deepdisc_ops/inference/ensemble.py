@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,15 @@ from numpy.typing import NDArray
 import deepdisc_ops
 from deepdisc_ops.errors import ArchiveError, CheckpointError
 from deepdisc_ops.inference.engine import Member
-from deepdisc_ops.model.weights import WEIGHTS, MemberInfo, info_as_dict, info_from_dict, load_network, read_info
+from deepdisc_ops.model.weights import (
+    WEIGHTS,
+    MemberInfo,
+    copy_weights,
+    info_as_dict,
+    info_from_dict,
+    load_network,
+    read_info,
+)
 from deepdisc_ops.sky.detections import Array, Detections, Flag
 from deepdisc_ops.sky.dust import EbvPlane
 from deepdisc_ops.sky.matching import match_boxes
@@ -139,8 +146,13 @@ def member_weights(nll: Sequence[float]) -> list[float]:
     return [value / sum(raw) for value in raw]
 
 
-def write_ensemble(folder: Path, checkpoints: Sequence[Path], run_ids: Sequence[str | None] | None = None) -> None:
-    """Gather checkpoint folders into an ensemble folder with their weights, checksums and run ids."""
+def write_ensemble(
+    folder: Path, checkpoints: Sequence[Path], run_ids: Sequence[str | None] | None = None, *, half: bool = False
+) -> None:
+    """Gather checkpoint folders into an ensemble folder with their weights, checksums and run ids.
+
+    ``half`` stores the weights in 16 bits, half the size; they are used in 32 bits again.
+    """
     if not checkpoints:
         raise CheckpointError("an ensemble needs at least one checkpoint folder; found none")
     infos = [read_info(path) for path in checkpoints]
@@ -150,10 +162,12 @@ def write_ensemble(folder: Path, checkpoints: Sequence[Path], run_ids: Sequence[
     entries = []
     for i, (path, info) in enumerate(zip(checkpoints, infos, strict=True)):
         file = f"member-{i}.safetensors"
-        shutil.copyfile(path / WEIGHTS, folder / file)
+        copy_weights(path / WEIGHTS, folder / file, half=half)
         run_id = run_ids[i] if run_ids else None
         entry = {"name": f"member-{i}", "file": file, "sha256": sha256(folder / file), "weight": weights[i], "run_id": run_id}
-        entries.append(entry | info_as_dict(info))
+        member = info_as_dict(info)
+        member["config"]["data"]["path"] = info.config.data.path.name  # an ensemble leaves the machine: no paths of it
+        entries.append(entry | member)
     model = infos[0].config.model
     description = {
         "format": FORMAT,

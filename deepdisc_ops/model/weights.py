@@ -88,6 +88,18 @@ def read_info(folder: Path) -> MemberInfo:
     return info_from_dict(yaml.safe_load(path.read_text()), str(path))
 
 
+def copy_weights(source: Path, target: Path, *, half: bool = False) -> None:
+    """Copy a safetensors file, its floating-point tensors rounded to 16 bits if ``half``."""
+    if not half:
+        shutil.copyfile(source, target)
+        return
+    tensors = {name: t.half() if t.is_floating_point() else t for name, t in load_file(source).items()}
+    overflown = [name for name, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()]
+    if overflown:
+        raise CheckpointError(f"{source}: {', '.join(overflown)} do not fit into 16 bits; keep the full precision")
+    save_file(tensors, target)
+
+
 def load_network(weights: Path, config: TrainingConfig, device: str = "cpu") -> DeepDisc:
     """Build the network of ``config`` and fill it from a safetensors file, in evaluation mode."""
     network = DeepDisc(config.model, config.inference)

@@ -41,12 +41,10 @@ log = logging.getLogger(__name__)
 
 
 def build_archive(checkpoints: Sequence[Path], out: Path, run_ids: Sequence[str] | None = None) -> Path:
-    """Pack checkpoint folders as one ensemble into the archive ``out`` (name.mar); the file appears when it is complete.
+    """Pack checkpoint folders, or one ensemble folder, into the archive ``out`` (name.mar); it appears when it is complete.
 
     ``run_ids`` are the tracking runs the checkpoints come from, one each.
     """
-    from deepdisc_ops.inference.ensemble import write_ensemble
-
     if out.suffix != ".mar" or not _NAME.fullmatch(out.stem):
         raise ArchiveError(f"archive name {out.name!r} cannot be served; use letters, digits, '-', '_' and '.', ending in .mar")
     if not checkpoints:
@@ -57,7 +55,7 @@ def build_archive(checkpoints: Sequence[Path], out: Path, run_ids: Sequence[str]
     with tempfile.TemporaryDirectory(prefix=".archive-", dir=out.parent) as scratch:
         parts = Path(scratch) / "parts"
         parts.mkdir()
-        write_ensemble(parts, list(checkpoints), run_ids)
+        _gather(checkpoints, parts, run_ids)
         shutil.copyfile(resources.find(HANDLER), parts / Path(HANDLER).name)
         model = _run_archiver(out.stem, parts, Path(scratch))
         finished = Path(scratch) / out.name
@@ -65,6 +63,17 @@ def build_archive(checkpoints: Sequence[Path], out: Path, run_ids: Sequence[str]
         finished.replace(out)
     log.info("wrote %s: %d members, %.1f MB", out, len(checkpoints), out.stat().st_size / 1e6)
     return out
+
+
+def _gather(checkpoints: Sequence[Path], parts: Path, run_ids: Sequence[str] | None) -> None:
+    """Make the ensemble folder ``parts``, or copy the one that is named."""
+    from deepdisc_ops.inference.ensemble import read_description, write_ensemble
+
+    if len(checkpoints) == 1 and (checkpoints[0] / DESCRIPTION).exists():
+        for name in (DESCRIPTION, *(member["file"] for member in read_description(checkpoints[0])["members"])):
+            shutil.copyfile(checkpoints[0] / name, parts / name)
+        return
+    write_ensemble(parts, list(checkpoints), run_ids)
 
 
 def unpack_archive(mar: Path, folder: Path) -> Path:
