@@ -1,0 +1,68 @@
+"""The committed ensembles: what models/README.md says of them, on a smaller sky."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from deepdisc_ops.data.simulate import simulate_scene, write_scene
+from deepdisc_ops.data.surveys import survey
+from deepdisc_ops.inference.ensemble import Ensemble
+from deepdisc_ops.inference.mosaic import predict_mosaic
+from deepdisc_ops.report import evaluate_files
+from deepdisc_ops.sky.catalog import read_catalog, write_catalog
+from deepdisc_ops.sky.dust import ebv_source
+from deepdisc_ops.sky.images import open_mosaic
+
+MODELS = Path(__file__).parents[1] / "models"
+REAL = Path(__file__).parents[2] / "shared" / "data"
+needs_real_pixels = pytest.mark.skipif(not REAL.is_dir(), reason="the folder of real HSC pixels is not here")
+
+
+def catalogue(model: str, image: Path, out: Path, **options: object) -> None:
+    ensemble = Ensemble.load(MODELS / model)
+    with open_mosaic(image, ensemble.bands, **options) as mosaic:  # type: ignore[arg-type]
+        table = predict_mosaic(mosaic, lambda i, ebv: ensemble.predict(i.data, ebv, i.mask), ebv_source("0.03"))
+    write_catalog(table, out)
+
+
+def test_lsst_ensemble_on_a_sky_it_has_not_seen(spaced: Path) -> None:
+    write_scene(simulate_scene(survey("lsst"), size=1024, seed=4242), spaced / "sky.fits")
+    catalogue("lsst-small", spaced / "sky.fits", spaced / "catalog.parquet")
+    result = evaluate_files(spaced / "catalog.parquet", spaced / "sky.fits", spaced / "evaluation")
+    assert result.completeness.value >= 0.90
+    assert result.purity.value >= 0.85
+    assert result.lsst.sigma_iqr <= 0.085
+    assert result.gain_over_constant >= 2
+    made = {path.name for path in (spaced / "evaluation").iterdir()}
+    assert made == {"metrics.json", "picture.png", "redshifts.png", "pit.png", "densities.png", "completeness.png"}
+
+
+def test_no_model_names_a_path_of_the_machine_it_was_made_on() -> None:
+    for path in MODELS.glob("*/ensemble.yaml"):
+        assert "path: /" not in path.read_text(), path
+    assert sum(path.stat().st_size for path in MODELS.rglob("*.safetensors")) < 20e6
+
+
+@needs_real_pixels
+def test_hsc_model_finds_the_listed_sources_of_a_real_cutout(spaced: Path) -> None:
+    out = spaced / "catalog.parquet"
+    catalogue("hsc-small", REAL / "hsc_cosmos_35.npz", out, zero_point=27.0, pixel_scale=0.168, require_wcs=False)
+    table = read_catalog(out)
+    with np.load(REAL / "hsc_cosmos_35.npz") as file:
+        listed = file["catalog"]
+    apart = np.hypot(table["x"] - listed["x"][:, None], table["y"] - listed["y"][:, None])
+    assert (apart.min(axis=1) < 3).sum() >= 5
+    assert np.isnan(table["ra"]).all()
+
+
+@needs_real_pixels
+def test_hsc_model_gives_cosmos_coordinates(spaced: Path) -> None:
+    out = spaced / "catalog.parquet"
+    catalogue("hsc-small", REAL / "hsc_cosmos_grizy.fits", out, plane_bands="grizy", zero_point=27.0)
+    table = read_catalog(out)
+    assert len(table) >= 3
+    assert (np.abs(np.asarray(table["ra"]) - 150.33) < 0.01).all()
+    assert (np.abs(np.asarray(table["dec"]) - 2.07) < 0.01).all()
