@@ -342,6 +342,8 @@ def predict(
     from deepdisc_ops.sky.dust import ebv_source
     from deepdisc_ops.sky.images import open_mosaic
 
+    if (model is None) == (server is None):
+        raise ConfigError("give either --model or --server, one of the two")
     for path in out:
         catalog.check_path(path)
     source = ebv_source(ebv, dust_maps, dust_scale)
@@ -419,8 +421,6 @@ def _predictor(
     stack: ExitStack, model: Path | None, server: Path | None, device: str
 ) -> tuple[Predictor, tuple[str, ...], float | None, str]:
     """The predictor of a model or an endpoint, its bands, its pixel scale if known, and what names it."""
-    if (model is None) == (server is None):
-        raise ConfigError("give either --model or --server, one of the two")
     if server is not None:
         from deepdisc_ops.serving.client import Client
         from deepdisc_ops.serving.server import discover

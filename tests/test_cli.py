@@ -105,7 +105,7 @@ def test_bands_in_another_order_are_no_fault(
     from deepdisc_ops.sky.catalog import read_catalog
 
     with fits.open(mosaic) as file:
-        fits.HDUList([file[0], *file[6:0:-1]]).writeto(spaced / "turned.fits")
+        fits.HDUList([file[0], *(file[i] for i in range(6, 0, -1))]).writeto(spaced / "turned.fits")
     for image, name in ((mosaic, "a.parquet"), (spaced / "turned.fits", "b.parquet")):
         code, errors = run(
             "predict", image, "--model", tiny_ensemble, "--out", spaced / name, capsys=capsys, monkeypatch=monkeypatch
@@ -211,7 +211,7 @@ def commands(app: typer.Typer, *names: str) -> Iterator[tuple[str, ...]]:
         yield from commands(group.typer_instance, *names, str(group.name))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("words", commands(cli.app), ids=" ".join)
+@pytest.mark.parametrize("words", list(commands(cli.app)), ids=" ".join)
 def test_every_verb_has_help_with_an_example(
     words: tuple[str, ...], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from detectron2.structures import Instances
+from torch import Tensor, nn
 
 from deepdisc_ops.config import DataSettings, TrainingConfig, TrainSettings
 from deepdisc_ops.data.loader import CropLoader, label, measure_noise
@@ -60,10 +61,8 @@ def train(config: TrainingConfig, out: Path, *, report: Report | None = None) ->
     for step in range(state.step, settings.steps):
         samples = loader.batch(step, settings.batch_size)
         pixels = stack(samples, device).contiguous(memory_format=torch.channels_last)
-        losses = network.losses(pixels, [to_instances(sample, device) for sample in samples])
+        losses = finite_losses(network, pixels, [to_instances(sample, device) for sample in samples], step)
         total = torch.stack(list(losses.values())).sum()
-        if not torch.isfinite(total):
-            raise TrainingError(f"loss is not finite at step {step}: {_describe(losses)}; lower train.lr or train.clip_norm")
         optimizer.zero_grad(set_to_none=True)
         total.backward()
         nn.utils.clip_grad_norm_(network.parameters(), settings.clip_norm)
@@ -93,6 +92,18 @@ def train(config: TrainingConfig, out: Path, *, report: Report | None = None) ->
                 report(done, metrics)
             started, seen, losses_seen = time.monotonic(), 0, []
     return out / "best"
+
+
+def finite_losses(network: DeepDisc, pixels: Tensor, targets: Sequence[Instances], step: int) -> dict[str, Tensor]:
+    """The loss terms; a term that is no number ends training, for nothing after it would mean anything."""
+    try:
+        losses = network.losses(pixels, targets)
+        fault = ", ".join(f"{name} {float(value.detach()):.3g}" for name, value in losses.items() if not torch.isfinite(value))
+    except FloatingPointError as error:  # detectron2 looks at its proposals first
+        fault = str(error).splitlines()[0]
+    if fault:
+        raise TrainingError(f"loss is not finite at step {step}: {fault}; lower train.lr or train.clip_norm")
+    return losses
 
 
 def complete(config: TrainingConfig, dataset: Dataset, records: Sequence[Record]) -> TrainingConfig:
@@ -144,7 +155,3 @@ def learning_rate_factor(step: int, settings: TrainSettings) -> float:
     if settings.schedule == "multistep":
         return float(warmup * 0.1 ** sum(progress >= milestone for milestone in settings.milestones))
     return warmup
-
-
-def _describe(losses: Mapping[str, torch.Tensor]) -> str:
-    return ", ".join(f"{name} {float(value):.3g}" for name, value in losses.items())
