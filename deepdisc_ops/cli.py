@@ -162,11 +162,8 @@ def sweep_run(
             if news.state != "running":
                 ended[news.trial_id] = news.state
             metric = news.metrics.get(loaded.metric)
-            advance(
-                len(ended),
-                f"{news.trial_id} {news.state} {news.step}/{news.steps}"
-                + (f" {loaded.metric} {metric:.3f}" if metric is not None else ""),
-            )
+            figure = "" if metric is None else f", {loaded.metric} {metric:.3f}"
+            advance(len(ended), f"{news.trial_id} {news.state} at step {news.step} of {news.steps}{figure}", tell=True)
 
         result = run.run_sweep(loaded, out, tracking_uri=tracking_uri, progress=progress)
     table = Table(title=f"sweep {result.name}: MLflow run {result.parent_run_id} in {result.tracking_uri}")
@@ -454,7 +451,7 @@ def _check_scale(found: float, trained: float | None) -> None:
 
 @contextmanager
 def _progress(what: str, total: int, unit: str) -> Iterator[Callable[..., None]]:
-    """A progress bar on a terminal, a line now and then in a log; yields advance(done, note, total)."""
+    """A progress bar on a terminal, lines in a log; yields advance(done, note, total, tell=always print a line)."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
@@ -468,11 +465,11 @@ def _progress(what: str, total: int, unit: str) -> Iterator[Callable[..., None]]
         task = bar.add_task(what, total=total, note="")
         told = 0.0
 
-        def advance(done: int, note: str = "", of: int | None = None) -> None:
+        def advance(done: int, note: str = "", of: int | None = None, *, tell: bool = False) -> None:
             nonlocal told
             everything = of or total
             bar.update(task, completed=done, total=everything, note=note)
-            if not console.is_terminal and (done / everything - told >= 0.1 or done == everything):
+            if not console.is_terminal and (tell or done / everything - told >= 0.1 or done == everything):
                 told = done / everything
                 console.print(f"{what}: {done}/{everything} {unit} {note}".rstrip())
 

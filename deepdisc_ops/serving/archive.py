@@ -51,6 +51,7 @@ def build_archive(checkpoints: Sequence[Path], out: Path, run_ids: Sequence[str]
         raise ArchiveError("an archive needs at least one member; name a checkpoint folder")
     if run_ids is not None and len(run_ids) != len(checkpoints):
         raise ArchiveError(f"{len(run_ids)} run ids for {len(checkpoints)} checkpoints; give one for each")
+    out = out.absolute()
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".archive-", dir=out.parent) as scratch:
         parts = Path(scratch) / "parts"

@@ -40,7 +40,7 @@ ENVIRONMENT = {
 
 @contextmanager
 def ray_session(resources: Resources) -> Iterator[None]:
-    """Ray on this machine alone, on free ports, without dashboard; nothing of it outlives the block.
+    """Ray on this machine alone, on free ports behind a token, without dashboard; nothing of it outlives the block.
 
     Raises SetupError if Ray does not start, ConfigError if one trial asks for more than the machine has.
     """

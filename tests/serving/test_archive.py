@@ -70,6 +70,19 @@ def test_the_same_checkpoints_make_the_same_bytes(checkpoints: list[Path], mar: 
     assert [path.name for path in spaced.iterdir()] == ["two.mar"]
 
 
+def test_relative_paths_are_taken_from_here(checkpoints: list[Path], spaced: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(spaced)
+    archive.build_archive(checkpoints, Path("e.mar"))
+    assert [path.name for path in spaced.iterdir()] == ["e.mar"]
+
+
+def test_an_ensemble_folder_is_packed_as_it_is(tiny_ensemble: Path, spaced: Path) -> None:
+    mar = archive.build_archive([tiny_ensemble], spaced / "e.mar")
+    folder = archive.unpack_archive(mar, spaced / "again")
+    for path in tiny_ensemble.iterdir():
+        assert (folder / path.name).read_bytes() == path.read_bytes()
+
+
 def test_an_archive_tells_what_it_holds(mar: Path) -> None:
     contents = archive.verify_archive(mar)
     assert contents["bands"] == ["g", "r"]
