@@ -1,10 +1,12 @@
-"""Where the files lie that foreign programs open by path: handlers, sweep specifications, job scripts.
+"""What surrounds the package: the files that foreign programs open by path, and the commit of the checkout.
 
-They are no Python packages. A wheel carries them inside the package, a checkout beside it.
+Handlers, sweep specifications and job scripts are no Python packages. A wheel carries them inside the package, a checkout
+beside it.
 """
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path, PurePosixPath
 
 from deepdisc_ops.errors import SetupError
@@ -25,6 +27,16 @@ def find(name: str) -> Path:
     if not path.exists():
         raise SetupError(f"{name} is not in {root}; this installation is incomplete, install deepdisc-ops anew")
     return path
+
+
+def git_commit() -> str | None:
+    """Commit of the checkout this package belongs to; a copy installed inside somebody's repository has none."""
+    command = ["git", "-C", str(_PACKAGE), "rev-parse", "HEAD", "--show-prefix"]
+    try:
+        commit, prefix, *_ = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.split("\n")
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit if prefix == "deepdisc_ops/" else None
 
 
 def _root(package: Path) -> Path:

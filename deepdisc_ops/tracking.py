@@ -13,7 +13,6 @@ import json
 import logging
 import math
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -24,6 +23,7 @@ from typing import Any, Literal
 
 from deepdisc_ops import __version__
 from deepdisc_ops.errors import ConfigError, TrainingError
+from deepdisc_ops.resources import git_commit
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 @cache
 def provenance() -> dict[str, str]:
     """Tags that say which code ran: package versions and, in a checkout, the git commit."""
-    tags = {"deepdisc_ops.version": __version__, "mlflow.source.git.commit": _git_commit()}
+    tags = {"deepdisc_ops.version": __version__, "mlflow.source.git.commit": git_commit() or "unknown"}
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             tags[f"version.{package}"] = importlib.metadata.version(package)
@@ -299,14 +299,3 @@ def _one_line(error: BaseException) -> str:
 def _batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
     for start in range(0, len(items), size):
         yield items[start : start + size]
-
-
-def _git_commit() -> str:
-    """Commit of the checkout this file belongs to; a copy installed inside somebody's repository has none."""
-    package = Path(__file__).resolve().parent
-    command = ["git", "-C", str(package), "rev-parse", "HEAD", "--show-prefix"]
-    try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.split("\n")
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return found[0] if found[1] == "deepdisc_ops/" else "unknown"

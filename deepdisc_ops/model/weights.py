@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -19,6 +18,7 @@ import deepdisc_ops
 from deepdisc_ops.config import TrainingConfig, validate
 from deepdisc_ops.errors import CheckpointError
 from deepdisc_ops.model.build import DeepDisc
+from deepdisc_ops.resources import git_commit
 
 WEIGHTS = "member.safetensors"
 DESCRIPTION = "member.yaml"
@@ -117,13 +117,3 @@ def load_member(folder: Path, device: str = "cpu") -> tuple[DeepDisc, MemberInfo
     """A checkpoint folder as a network ready for inference and its description."""
     info = read_info(folder)
     return load_network(folder / WEIGHTS, info.config, device), info
-
-
-def git_commit() -> str | None:
-    """Commit of the checkout this package runs from, or None outside one."""
-    here = Path(deepdisc_ops.__file__).parent
-    try:
-        answer = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True, timeout=10)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return answer.stdout.strip()

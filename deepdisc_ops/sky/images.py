@@ -174,8 +174,9 @@ def _open_npz(path: Path, plane_bands: Sequence[str] | None, zero_point: float |
                 raise ImageError(f"{path} holds {', '.join(file.files)}; expected an array 'images' (bands, rows, columns)")
             images = np.asarray(file["images"], np.float32)
             names = plane_bands or ([str(name) for name in file["filters"]] if "filters" in file else None)
-            if "mask" in file and file["mask"].shape == images.shape:
-                images = np.where(file["mask"] == 0, images, np.nan)
+            # A boolean mask marks invalid pixels; an integer one holds bits of its survey, "detected" among them.
+            if "mask" in file and file["mask"].dtype == bool and file["mask"].shape == images.shape:
+                images = np.where(file["mask"], np.nan, images)
     except (OSError, ValueError, EOFError) as error:
         raise ImageError(f"{path} cannot be read as .npz: {error}") from None
     if images.ndim != 3 or not names or len(names) != len(images):
