@@ -133,7 +133,7 @@ def failure(url: str, status: int, body: bytes, size: str) -> Exception:
         )
     if status in (400, 401, 403) and "token" in message.lower():
         return AccessDenied(f"{url} does not accept the token ({message}); read it anew from the server's server.json")
-    if status in (502, 503, 504) or (status == 500 and "worker" in message.lower()):
+    if status in (502, 503, 504) or (status in (500, 507) and "worker" in message.lower()):
         return _Passing(f"{status} {message}".rstrip())
     if 400 <= status < 500:
         return RequestRejected(f"{url} answered {status} ({message}); is a deepdisc-ops endpoint serving there?")

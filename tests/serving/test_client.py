@@ -46,7 +46,7 @@ def test_a_reply_becomes_the_error_it_means(status: int, body: bytes, kind: type
     assert "\n" not in str(error)
 
 
-@pytest.mark.parametrize(("status", "body"), [(503, b""), (500, WORKER_TEXT), (502, b""), (504, b"")])
+@pytest.mark.parametrize(("status", "body"), [(503, b""), (500, WORKER_TEXT), (507, WORKER_TEXT), (502, b""), (504, b"")])
 def test_a_busy_endpoint_or_a_dying_worker_may_pass(status: int, body: bytes) -> None:
     assert isinstance(room.failure("http://here", status, body, ""), room._Passing)
 
