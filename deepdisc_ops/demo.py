@@ -20,11 +20,10 @@ from rich.console import Console
 from rich.table import Table
 
 from deepdisc_ops import resources
+from deepdisc_ops.config import read_yaml
 from deepdisc_ops.sky.catalog import read_catalog
 
 console = Console(highlight=False)
-SCENES = ("--train", "240", "--validation", "20", "--seed", "1")
-MOSAIC = ("--mosaic", "2048", "--seed", "77")
 
 
 class StepFailed(Exception):
@@ -36,10 +35,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="scripts/demo", description=main.__doc__)
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for everything the demo makes")
     parser.add_argument("--sweep", type=Path, default=resources.find("tune/quick.yaml"), help="sweep specification")
+    parser.add_argument("--scenes", type=int, default=240, help="training scenes of 256x256 pixels")
+    parser.add_argument("--mosaic", type=int, default=2048, help="side of the held-out mosaic in pixels")
     options = parser.parse_args(arguments)
     started = time.monotonic()
     try:
-        run(options.out, options.sweep)
+        run(options.out, options.sweep, options.scenes, options.mosaic)
     except StepFailed as failure:
         console.print(f"[bold red]demo stopped:[/] {failure}")
         return 2
@@ -47,25 +48,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def run(out: Path, sweep: Path) -> None:
+def run(out: Path, sweep: Path, scenes: int, mosaic: int) -> None:
     """Simulate, sweep, select, archive, serve, predict, evaluate."""
     out.mkdir(parents=True, exist_ok=True)
+    name = str(read_yaml(sweep).get("name"))
+    if (out / "server").exists():
+        step("the endpoint of an earlier run, if it was left", "serve", "stop", "--run-dir", out / "server")
     for stale in ("sweep", "server"):
         shutil.rmtree(out / stale, ignore_errors=True)
     store = f"sqlite:///{(out / 'sweep' / 'mlflow.db').absolute()}"
-    step("a training sky with its truth", "simulate", "--survey", "lsst", "--out", out / "scenes", *SCENES)
-    step("a mosaic that no training sees", "simulate", "--survey", "lsst", "--out", out / "mosaic.fits", *MOSAIC)
-    step(
-        "a Ray Tune sweep tracked in MLflow",
-        "sweep",
-        "run",
-        sweep,
-        "--out",
-        out / "sweep",
-        "--set",
-        f"base.data.path={out / 'scenes'}",
-    )
-    step("the two best members", "members", "select", "quick", "--tracking-uri", store, "-k", "2", "--out", out / "members.yaml")
+    sky = ("simulate", "--survey", "lsst", "--out")
+    counts = ("--train", str(scenes), "--validation", str(max(4, scenes // 12)), "--seed", "1")
+    step("a training sky with its truth", *sky, out / "scenes", *counts)
+    step("a mosaic that no training sees", *sky, out / "mosaic.fits", "--mosaic", str(mosaic), "--seed", "77")
+    data = f"base.data.path={out / 'scenes'}"
+    step("a Ray Tune sweep tracked in MLflow", "sweep", "run", sweep, "--out", out / "sweep", "--set", data)
+    step("the two best members", "members", "select", name, "--tracking-uri", store, "-k", "2", "--out", out / "members.yaml")
     step("one archive of both", "archive", "build", "--members", out / "members.yaml", "--out", out / "ensemble.mar")
     step("the endpoint", "serve", "start", out / "ensemble.mar", "--run-dir", out / "server")
     try:
@@ -73,15 +71,8 @@ def run(out: Path, sweep: Path) -> None:
         step("the mosaic, window by window, to the endpoint", "predict", out / "mosaic.fits", "--server", out / "server", *catalogs)
     finally:
         step("endpoint down", "serve", "stop", "--run-dir", out / "server")
-    step(
-        "the catalogue against the truth",
-        "evaluate",
-        out / "catalog.parquet",
-        "--truth",
-        out / "mosaic.fits",
-        "--out",
-        out / "evaluation",
-    )
+    truth = ("--truth", out / "mosaic.fits", "--out", out / "evaluation")
+    step("the catalogue against the truth", "evaluate", out / "catalog.parquet", *truth)
 
 
 def step(what: str, *arguments: str | Path) -> None:

@@ -96,8 +96,8 @@ class DeepDisc(nn.Module):
         self._cap(height * width)
         image_list = ImageList(images, [(height, width)] * len(images))
         proposals, _ = self.proposals(image_list, features, None)
-        found, _ = self.box_heads(image_list, features, proposals, None)
-        return features, found
+        # the heads' own forward would go on to masks, the costliest part, which nothing here asks for
+        return features, self.box_heads._forward_box(features, proposals)
 
     def redshift(self, features: Features, boxes: Sequence[Boxes], ebv: Tensor) -> GaussianMixture:
         """Second step: mixtures of given boxes (per image) with E(B-V) (N,)."""
