@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import shlex
 import shutil
 import signal
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -108,6 +110,8 @@ def _start(temporary: Path) -> None:
                     logging_level=logging.WARNING,
                     object_store_memory=OBJECT_STORE_BYTES,
                     _temp_dir=str(temporary),
+                    # Ray hands its workers' interpreter to a shell as it is; a path with a space would start none
+                    runtime_env={"py_executable": shlex.quote(sys.executable)},
                 )
             logging.getLogger("ray.tune").setLevel(logging.ERROR)
         except Exception as error:  # noqa: BLE001  Ray raises the bare class here

@@ -202,3 +202,22 @@ def test_the_real_training_loop_in_a_sweep(spaced: Path) -> None:
     (member,) = select_members(result.tracking_uri, "real", 1, into=spaced / "copies")
     assert (member.checkpoint / "member.safetensors").exists()
     assert member.config.model.pixel_scale == scenes.info.pixel_scale
+
+
+def test_workers_start_from_an_environment_whose_path_has_a_space(spaced: Path) -> None:
+    real = Path(sys.prefix)
+    environment = spaced / "venv"
+    (environment / "bin").mkdir(parents=True)
+    (environment / "bin" / "python").symlink_to(Path(sys.executable).resolve())
+    (environment / "lib").symlink_to(real / "lib")
+    (environment / "pyvenv.cfg").write_text((real / "pyvenv.cfg").read_text())
+    program = (
+        "import ray, sys\n"
+        "from deepdisc_ops.sweeps.session import ray_session\n"
+        "from deepdisc_ops.sweeps.space import Resources\n"
+        "with ray_session(Resources()):\n"
+        "    print(ray.get(ray.remote(lambda: sys.executable).remote(), timeout=60))\n"
+    )
+    command = [str(environment / "bin" / "python"), "-W", "ignore", "-c", program]
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=150, check=False)
+    assert str(environment) in answer.stdout, answer.stderr
