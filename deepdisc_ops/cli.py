@@ -39,6 +39,7 @@ for name, sub in {
 }.items():
     app.add_typer(sub, name=name)
 
+STRIDE = 32  # windows start on multiples of any network's stride
 LOG_WIDTH = 140
 console = Console(width=None if sys.stdout.isatty() else LOG_WIDTH, highlight=False)
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a setting, as in train.lr=0.001; may be repeated.")]
@@ -76,7 +77,7 @@ def simulate(
     test: Annotated[int, typer.Option(min=0, help="Test scenes.")] = 0,
     size: Annotated[int, typer.Option(min=32, help="Side of a scene in pixels.")] = 256,
     mosaic: Annotated[int, typer.Option(min=0, help="Write one mosaic of this side instead of a data set.")] = 0,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same sky.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same sky.")] = 0,
     years: Annotated[float, typer.Option(help="Depth of the coadds in years of LSST.")] = 5.0,
     density: Annotated[float, typer.Option(min=0.0, help="Number of galaxies and stars relative to the real sky.")] = 1.0,
     processes: Annotated[int, typer.Option(min=0, help="Scenes made at once; 0 takes all processors.")] = 0,
@@ -89,6 +90,8 @@ def simulate(
     from deepdisc_ops.data.surveys import survey as find_survey
 
     if mosaic:
+        if out.suffix != ".fits" or not out.absolute().parent.is_dir():
+            raise ConfigError(f"--out {out} is not a .fits file in a folder that exists; name one for the mosaic")
         scene = room.simulate_scene(find_survey(survey), size=mosaic, seed=seed, years=years, density=density)
         room.write_scene(scene, out)
         console.print(
@@ -329,18 +332,22 @@ def predict(
     overlap: Annotated[int, typer.Option(min=16, help="Pixels that neighbouring windows share.")] = 64,
     workers: Annotated[int, typer.Option(min=1, help="Windows in flight at once, for an endpoint with several workers.")] = 1,
     device: Annotated[str, typer.Option(help="torch device of the model, such as cpu or cuda:0.")] = "cpu",
+    picture: Annotated[Path | None, typer.Option(help="PNG of the mosaic's middle in colour, with boxes and redshifts.")] = None,
 ) -> None:
     """Make the catalogue of a mosaic, in process (--model) or through the endpoint (--server).
 
     Example: `deepdisc-ops predict mosaic.fits --model ensemble.mar --out catalog.parquet`
     """
+    from deepdisc_ops import report
     from deepdisc_ops.inference.mosaic import predict_mosaic
     from deepdisc_ops.sky import catalog
     from deepdisc_ops.sky.dust import ebv_source
     from deepdisc_ops.sky.images import open_mosaic
+    from deepdisc_ops.sky.tiling import plan
 
     if (model is None) == (server is None):
         raise ConfigError("give either --model or --server, one of the two")
+    plan(window, window, window, overlap, STRIDE)  # refuses windows that do not advance
     for path in out:
         catalog.check_path(path)
     source = ebv_source(ebv, dust_maps, dust_scale)
@@ -351,11 +358,11 @@ def predict(
     }
     planes = plane_bands.split(",") if plane_bands else None
     with ExitStack() as stack:
-        mosaic = stack.enter_context(
-            open_mosaic(images, plane_bands=planes, zero_point=zero_point, pixel_scale=pixel_scale, require_wcs=not pixels_only)
-        )
         predictor, bands, scale, digest = _predictor(stack, model, server, device)
-        mosaic = stack.enter_context(mosaic.select(bands))
+        mosaic = open_mosaic(
+            images, bands, plane_bands=planes, zero_point=zero_point, pixel_scale=pixel_scale, require_wcs=not pixels_only
+        )
+        stack.enter_context(mosaic)
         _check_scale(mosaic.pixel_scale, scale)
         started = datetime.now(UTC)
         with _progress("predicting", 1, "windows") as advance:
@@ -365,14 +372,17 @@ def predict(
                 source,
                 window=window,
                 overlap=overlap,
+                stride=STRIDE,
                 workers=workers,
                 provenance=provenance | {"model": digest},
                 progress=lambda done, total, objects: advance(done, f"{objects} objects", total),
             )
-    seconds = (datetime.now(UTC) - started).total_seconds()
-    table.meta["seconds"] = f"{seconds:.2f}"
-    for path in out:
-        catalog.write_catalog(table, path)
+        seconds = (datetime.now(UTC) - started).total_seconds()
+        table.meta["seconds"] = f"{seconds:.2f}"
+        for path in out:
+            catalog.write_catalog(table, path)
+        if picture:
+            report.draw_picture(mosaic, table, picture)
     console.print(
         f"{len(table)} objects in {seconds:.1f} s ({len(table) / max(seconds, 1e-9):.0f} a second): {', '.join(map(str, out))}"
     )
@@ -385,7 +395,7 @@ def evaluate(
     out: Annotated[Path, typer.Option(help="Folder for metrics.json and figures.")] = Path("evaluation"),
     gold_band: Annotated[str, typer.Option(help="Band of the gold cut.")] = "i",
     gold_limit: Annotated[float, typer.Option(help="Faint limit of the gold sample, AB mag.")] = 25.3,
-    seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the bootstrap.")] = 0,
 ) -> None:
     """Compare a catalogue with truth: completeness, purity, redshift metrics with errors, figures.
 
@@ -433,10 +443,10 @@ def _predictor(
     if folder.suffix == ".mar":
         from deepdisc_ops.serving.archive import unpack_archive
 
-        folder = unpack_archive(folder, scratch)
+        folder = unpack_archive(folder, scratch / "ensemble")
     elif (folder / DESCRIPTION).exists():
-        write_ensemble(scratch, [folder])
-        folder = scratch
+        folder = scratch / "ensemble"
+        write_ensemble(folder, [model or folder])
     ensemble = Ensemble.load(folder, device)
     return (lambda image, ebv: ensemble.predict(image.data, ebv, image.mask)), ensemble.bands, ensemble.pixel_scale, digest(folder)
 

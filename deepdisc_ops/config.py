@@ -7,6 +7,7 @@ Lengths are pixels of the survey's images unless a name says otherwise.
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -16,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, V
 
 from deepdisc_ops.errors import ConfigError
 
+NonEmpty = Field(min_length=1)
 Fraction = Annotated[float, Field(gt=0, le=1)]
 BackboneName = Literal["tiny", "small", "resnet18", "resnet34", "resnet50", "resnet101"]
 
@@ -50,7 +52,7 @@ class BoxHeadSettings(Settings):
     """Classification and box regression on pooled features; three stages make a cascade."""
 
     stages: Literal[1, 3] = 1
-    hidden: tuple[PositiveInt, ...] = (256,)
+    hidden: Annotated[tuple[PositiveInt, ...], NonEmpty] = (256,)
     pool: PositiveInt = Field(5, description="side of the pooled feature grid")
 
 
@@ -80,8 +82,8 @@ class InputSettings(Settings):
 class ModelSettings(Settings):
     """The whole network. Band order is the order of the input planes."""
 
-    bands: tuple[str, ...] = ("u", "g", "r", "i", "z", "y")
-    classes: tuple[str, ...] = ("object",)
+    bands: Annotated[tuple[str, ...], NonEmpty] = ("u", "g", "r", "i", "z", "y")
+    classes: Annotated[tuple[str, ...], NonEmpty] = Field(("object",), description="one class for all, or galaxy and star")
     pixel_scale: PositiveFloat | None = Field(None, description="arcsec per pixel; taken from the training set when not given")
     input: InputSettings = InputSettings()
     backbone: BackboneSettings = BackboneSettings()
@@ -95,6 +97,8 @@ class ModelSettings(Settings):
     def _consistent(self) -> ModelSettings:
         if len(set(self.bands)) != len(self.bands):
             raise ValueError(f"bands {self.bands} name a band twice")
+        if len(self.classes) > 1 and sorted(self.classes) != ["galaxy", "star"]:
+            raise ValueError(f"classes {self.classes} are not known; give one class, or galaxy and star")
         noise = self.input.noise_njy
         if noise is not None and len(noise) != len(self.bands):
             raise ValueError(f"input.noise_njy has {len(noise)} values for {len(self.bands)} bands {self.bands}")
@@ -130,11 +134,17 @@ class InferenceSettings(Settings):
     tile: PositiveInt = Field(512, description="side of the square the network sees at once")
     overlap: PositiveInt = Field(64, description="pixels that neighbouring tiles share")
 
+    @model_validator(mode="after")
+    def _advances(self) -> InferenceSettings:
+        if self.tile < self.overlap + 32:
+            raise ValueError(f"tile {self.tile} does not advance with overlap {self.overlap}; make it at least 32 px larger")
+        return self
+
 
 class TrainingConfig(Settings):
     """One training run, complete: with the same config and data it gives the same network."""
 
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
     data: DataSettings = DataSettings()
     model: ModelSettings = ModelSettings()
     train: TrainSettings = TrainSettings()
@@ -149,7 +159,10 @@ def parse_override(text: str) -> tuple[list[str], Any]:
     key, separator, value = text.partition("=")
     if not separator or not all(key.split(".")):
         raise ConfigError(f"override {text!r} is not of the form a.b=value; example: --set train.lr=0.001")
-    return key.split("."), yaml.safe_load(value)
+    try:
+        return key.split("."), yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ConfigError(f"override {text!r}: the value is not valid YAML; example: --set 'model.bands=[g, r, i]'") from None
 
 
 def set_by_path(tree: dict[str, Any], path: Iterable[str], value: Any) -> None:
@@ -169,6 +182,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         tree = yaml.safe_load(path.read_text())
     except FileNotFoundError:
         raise ConfigError(f"config file {path} does not exist") from None
+    except OSError as error:
+        raise ConfigError(f"config file {path} cannot be read: {error.strerror}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if tree is None:
@@ -194,6 +209,17 @@ def load(path: Path | None, overrides: Iterable[str] = (), schema: type[S] = Tra
         keys, value = parse_override(text)
         set_by_path(tree, keys, value)
     return validate(schema, tree, str(path) if path else "settings")
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested settings as dotted keys; lists as JSON."""
+    flat: dict[str, str] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = json.dumps(value) if isinstance(value, (list, tuple)) else str(value)
+    return flat
 
 
 def _describe(schema: type[BaseModel], fault: Any) -> str:

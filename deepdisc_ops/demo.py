@@ -27,7 +27,7 @@ console = Console(highlight=False)
 
 
 class StepFailed(Exception):
-    """A verb ended with an error, which it has already printed."""
+    """The demo cannot go on; a verb that failed has already printed why."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(out: Path, sweep: Path, scenes: int, mosaic: int) -> None:
     """Simulate, sweep, select, archive, serve, predict, evaluate."""
-    out.mkdir(parents=True, exist_ok=True)
+    claim(out)
     name = str(read_yaml(sweep).get("name"))
     if (out / "server").exists():
         step("the endpoint of an earlier run, if it was left", "serve", "stop", "--run-dir", out / "server")
@@ -75,6 +75,15 @@ def run(out: Path, sweep: Path, scenes: int, mosaic: int) -> None:
     step("the catalogue against the truth", "evaluate", out / "catalog.parquet", *truth)
 
 
+def claim(out: Path) -> None:
+    """Take ``out`` for the demo, which deletes the sweep and server of an earlier one in it, and of nobody else."""
+    marker = out / ".deepdisc-demo"
+    if out.is_dir() and any(out.iterdir()) and not marker.exists():
+        raise StepFailed(f"{out} is not empty and not from an earlier demo; give another folder with --out")
+    out.mkdir(parents=True, exist_ok=True)
+    marker.touch()
+
+
 def step(what: str, *arguments: str | Path) -> None:
     """Print a command of ``deepdisc-ops``, run it, and print how long it took."""
     words = [str(argument) for argument in arguments]
@@ -90,12 +99,12 @@ def summarise(out: Path, seconds: float) -> None:
     """The figures of the run and where its files are."""
     figures = json.loads((out / "evaluation" / "metrics.json").read_text())
     catalog = read_catalog(out / "catalog.parquet")
-    lsst = figures["lsst"]
+    lsst, completeness, purity = figures["lsst"], figures["completeness"], figures["purity"]
     table = Table("figure", "value", title=f"\nfrom an empty sky to a redshift catalogue in {seconds / 60:.1f} minutes")
     for name, value in {
         "objects": f"{len(catalog)}",
-        f"completeness, {figures['gold_band']} < {figures['gold_limit']:g}": f"{figures['completeness']['value']:.3f}",
-        "purity": f"{figures['purity']['value']:.3f} (by chance {figures['purity_chance']:.3f})",
+        "completeness of gold": f"{completeness['value']:.3f} (by chance {figures['completeness_chance']:.3f})",
+        "purity": f"{purity['value']:.3f} (by chance {figures['purity_chance']:.3f})",
         "bias": f"{lsst['bias']:+.4f}",
         "sigma_IQR": f"{lsst['sigma_iqr']:.4f}, {figures['gain_over_constant']:.1f} x better than the n(z)'s mode",
         "outlier fraction": f"{lsst['outlier_fraction']:.4f}",

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import numpy as np
 from astropy.table import Table
+from numpy.typing import NDArray
 
 from deepdisc_ops.errors import ImageError
 from deepdisc_ops.photoz import figures
 from deepdisc_ops.photoz.evaluation import Evaluation, catalog_mixture, evaluate
 from deepdisc_ops.sky.catalog import read_catalog
-from deepdisc_ops.sky.images import open_mosaic
+from deepdisc_ops.sky.images import Mosaic, open_mosaic
 from deepdisc_ops.sky.tiling import Window
 
 PICTURE_SIDE = 400
@@ -34,7 +35,12 @@ def evaluate_files(
     out.mkdir(parents=True, exist_ok=True)
     (out / "metrics.json").write_text(json.dumps(result.as_dict(), indent=2) + "\n")
     _draw(result, catalog, truth, out, rng)
-    _draw_picture(result, catalog, truth_path, out)
+    try:
+        mosaic = open_mosaic(truth_path)
+    except ImageError:  # a truth catalogue without pixels
+        return result
+    with mosaic:
+        draw_picture(mosaic, catalog, out / "picture.png", result.real)
     return result
 
 
@@ -81,25 +87,20 @@ def _examples(z_true: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.array([rng.choice(third) for third in thirds if len(third)])
 
 
-def _draw_picture(result: Evaluation, catalog: Table, truth_path: Path, out: Path) -> None:
-    """Lupton RGB of the middle of the mosaic, boxes coloured by whether the truth has the object."""
-    try:
-        mosaic = open_mosaic(truth_path)
-    except ImageError:
-        return
-    with mosaic:
-        x0, y0 = max(0, (mosaic.width - PICTURE_SIDE) // 2), max(0, (mosaic.height - PICTURE_SIDE) // 2)
-        window = Window(x0, y0, min(x0 + PICTURE_SIDE, mosaic.width), min(y0 + PICTURE_SIDE, mosaic.height))
-        image = mosaic.read(window)
-    blue, green, red = image.data[rgb_planes(len(image.bands))]
-    inside = np.flatnonzero(
-        (catalog["x"] >= window.x0) & (catalog["x"] < window.x1) & (catalog["y"] >= window.y0) & (catalog["y"] < window.y1)
-    )
+def draw_picture(mosaic: Mosaic, catalog: Table, path: Path, real: NDArray[np.bool_] | None = None) -> None:
+    """Lupton RGB of the middle of a mosaic with the objects' boxes, coloured by ``real`` (N,) where truth is known."""
+    x0, y0 = max(0, (mosaic.width - PICTURE_SIDE) // 2), max(0, (mosaic.height - PICTURE_SIDE) // 2)
+    window = Window(x0, y0, min(x0 + PICTURE_SIDE, mosaic.width), min(y0 + PICTURE_SIDE, mosaic.height))
+    image = mosaic.read(window)
+    planes = rgb_planes(len(image.bands))
+    blue, green, red = image.data[planes]
+    x, y = np.asarray(catalog["x"]), np.asarray(catalog["y"])
+    inside = np.flatnonzero((x >= window.x0) & (x < window.x1) & (y >= window.y0) & (y < window.y1))
     boxes = np.stack([catalog[name][inside] for name in ("x0", "y0", "x1", "y1")], axis=1) - [x0, y0, x0, y0]
-    colours = "".join(image.bands[i] for i in reversed(rgb_planes(len(image.bands))))
-    title = f"{len(inside)} objects in the middle of the mosaic, {colours} as red, green, blue"
-    picture = figures.rgb_with_boxes(red, green, blue, boxes, result.real[inside], title=title)
-    figures.write_figure(picture, out / "picture.png")
+    title = f"{len(inside)} objects, {' '.join(image.bands[i] for i in reversed(planes))} as red, green, blue"
+    labels = [f"{z:.2f}" for z in catalog["z_mode"][inside]]
+    matched = None if real is None else real[inside]
+    figures.write_figure(figures.rgb_with_boxes(red, green, blue, boxes, matched, labels, title=title), path)
 
 
 def rgb_planes(bands: int) -> list[int]:

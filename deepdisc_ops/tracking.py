@@ -65,17 +65,6 @@ def default_uri(out: Path) -> str:
     return f"sqlite:///{out.absolute() / 'mlflow.db'}"
 
 
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested settings as dotted keys; lists as JSON."""
-    flat: dict[str, str] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = json.dumps(value) if isinstance(value, (list, tuple)) else str(value)
-    return flat
-
-
 @cache
 def provenance() -> dict[str, str]:
     """Tags that say which code ran: package versions and, in a checkout, the git commit."""

@@ -46,13 +46,21 @@ def test_settings_that_contradict_each_other_are_refused() -> None:
         validate(ModelSettings, {"input": {"noise_njy": [1.0, 2.0]}}, "test")
     with pytest.raises(ConfigError, match="anchor_sizes has 3 values for 2 pyramid levels"):
         validate(ModelSettings, {"backbone": {"levels": 2}}, "test")
-    with pytest.raises(ConfigError, match="name a band twice"):
-        validate(ModelSettings, {"bands": ["g", "g"]}, "test")
+    for tree, message in (
+        ({"bands": ["g", "g"]}, "name a band twice"),
+        ({"bands": []}, "bands"),
+        ({"classes": ["galaxy", "quasar"]}, "one class, or galaxy and star"),
+        ({"box_head": {"hidden": []}}, r"box_head\.hidden"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            validate(ModelSettings, tree, "test")
+    with pytest.raises(ConfigError, match="tile 64 does not advance with overlap 64"):
+        load(None, ["inference.tile=64"])
 
 
-@pytest.mark.parametrize("text", ["train.lr", "=3", "a..b=1"])
+@pytest.mark.parametrize("text", ["train.lr", "=3", "a..b=1", "model.bands=[u,g"])
 def test_overrides_need_a_key_and_a_value(text: str) -> None:
-    with pytest.raises(ConfigError, match="not of the form"):
+    with pytest.raises(ConfigError, match="example: --set"):
         parse_override(text)
 
 

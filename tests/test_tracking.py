@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from deepdisc_ops.config import flatten
 from deepdisc_ops.errors import ConfigError, TrainingError
-from deepdisc_ops.tracking import TRIAL_TAG, Measurement, Tracker, default_uri, flatten
+from deepdisc_ops.tracking import TRIAL_TAG, Measurement, Tracker, default_uri
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,9 @@ from deepdisc_ops.errors import ConfigError
 from deepdisc_ops.sky.images import open_mosaic
 from deepdisc_ops.sky.tiling import Window
 
+CLASS_NAMES = ("galaxy", "star")
+"""Names of the codes GALAXY and STAR of the truth."""
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -86,7 +89,7 @@ class Labels:
 
 
 def label(objects: Objects, info: DatasetInfo, model: ModelSettings, min_box: float) -> Labels:
-    """Widen boxes about the objects' centres, name the classes, and leave redshifts to gold galaxies alone.
+    """Widen small boxes about the objects' centres, name the classes, and leave redshifts to gold galaxies alone.
 
     The gold cut applies to the redshift only; every object trains detection (LSST paper, section 2).
     """
@@ -95,13 +98,14 @@ def label(objects: Objects, info: DatasetInfo, model: ModelSettings, min_box: fl
             f"model.redshift_head.gold_band is {model.redshift_head.gold_band!r}, the data's magnitudes are {info.gold_band!r}"
         )
     centres = np.stack([objects.x, objects.y], axis=1) + 0.5
-    half = np.maximum(objects.boxes[:, 2:] - objects.boxes[:, :2], min_box) / 2
     gold = (objects.classes == GALAXY) & (objects.mag < model.redshift_head.gold_limit)
-    one_class = len(model.classes) == 1
+    codes = [model.classes.index(name) for name in CLASS_NAMES] if len(model.classes) > 1 else [0, 0]
+    low = np.minimum(objects.boxes[:, :2], centres - min_box / 2)
+    high = np.maximum(objects.boxes[:, 2:], centres + min_box / 2)
     return Labels(
-        boxes=np.concatenate([centres - half, centres + half], axis=1).astype(np.float32),
+        boxes=np.concatenate([low, high], axis=1).astype(np.float32),
         centres=centres,
-        classes=np.zeros(len(half), np.int64) if one_class else objects.classes.astype(np.int64),
+        classes=np.array(codes, np.int64)[objects.classes],
         redshift=np.where(gold, objects.redshift, np.nan).astype(np.float32),
         ebv=objects.ebv.astype(np.float32),
     )

@@ -5,6 +5,7 @@ Glossary: C bands, H x W pixels, N objects, K components.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,6 +33,7 @@ class Member:
         self.network = network.eval().to(torch.device(device)).to(memory_format=torch.channels_last)
         self.config = config
         self.device = torch.device(device)
+        self._lock = threading.Lock()  # a network adapts its caps to the tile; threads take turns
 
     @classmethod
     def load(cls, folder: Path, device: str = "cpu") -> Member:
@@ -55,7 +57,8 @@ class Member:
 
         tile (C, H, W) nJy in the order of the model's bands, invalid pixels zero.
         """
-        features, found = self.network.detect(self._to_device(tile))
+        with self._lock:
+            features, found = self.network.detect(self._to_device(tile))
         height, width = tile.shape[1:]
         boxes = found[0].pred_boxes.tensor
         boxes = torch.stack([boxes[:, 0::2].clamp(0, width), boxes[:, 1::2].clamp(0, height)], dim=2).flatten(1)

@@ -28,6 +28,7 @@ from deepdisc_ops.model.weights import (
     info_from_dict,
     load_network,
     read_info,
+    staged,
 )
 from deepdisc_ops.sky.detections import Array, Detections, Flag
 from deepdisc_ops.sky.dust import EbvPlane
@@ -157,8 +158,19 @@ def write_ensemble(
         raise CheckpointError("an ensemble needs at least one checkpoint folder; found none")
     infos = [read_info(path) for path in checkpoints]
     _check_alike(checkpoints, infos)
-    folder.mkdir(parents=True, exist_ok=True)
     weights = member_weights([info.metrics["val_nll"] for info in infos])
+    with staged(folder) as staging:
+        _write(staging, checkpoints, infos, weights, run_ids, half)
+
+
+def _write(
+    folder: Path,
+    checkpoints: Sequence[Path],
+    infos: Sequence[MemberInfo],
+    weights: Sequence[float],
+    run_ids: Sequence[str | None] | None,
+    half: bool,
+) -> None:
     entries = []
     for i, (path, info) in enumerate(zip(checkpoints, infos, strict=True)):
         file = f"member-{i}.safetensors"
@@ -220,5 +232,7 @@ def _check_alike(checkpoints: Sequence[Path], infos: Sequence[MemberInfo]) -> No
             mine, first = getattr(info.config.model, key), getattr(infos[0].config.model, key)
             if mine != first:
                 raise CheckpointError(f"{path} has {key} {mine}, {checkpoints[0]} has {first}; an ensemble shares them")
-        if "val_nll" not in info.metrics:
-            raise CheckpointError(f"{path} records no val_nll, which weighs the member; validate it before building")
+        if not math.isfinite(info.metrics.get("val_nll", math.nan)):
+            raise CheckpointError(f"{path} has no finite val_nll, which weighs the member; train it further before building")
+        if not (path / WEIGHTS).exists():
+            raise CheckpointError(f"{path} lacks {WEIGHTS}; fetch or train the member again")

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 from astropy.table import Table
@@ -16,7 +17,7 @@ from astropy.table import Table
 from deepdisc_ops.errors import ImageError
 from deepdisc_ops.photoz.mixture import GaussianMixture, summarise
 from deepdisc_ops.sky.catalog import build_catalog
-from deepdisc_ops.sky.detections import Detections
+from deepdisc_ops.sky.detections import Detections, Flag
 from deepdisc_ops.sky.dust import EbvPlane, EbvSource, plane_over
 from deepdisc_ops.sky.images import Mosaic, SkyImage
 from deepdisc_ops.sky.tiling import Tile, plan, reconcile
@@ -33,21 +34,24 @@ def predict_mosaic(
     *,
     window: int = 1024,
     overlap: int = 64,
-    stride: int = 8,
+    stride: int = 32,
     workers: int = 1,
     provenance: Mapping[str, str] | None = None,
     progress: Progress | None = None,
 ) -> Table:
     """Catalogue of the whole mosaic (columns: `sky.catalog.COLUMNS`).
 
-    ``workers`` windows are in flight at once; the order in which they end does not matter.
+    ``workers`` windows are in flight at once; the order in which they end does not matter. Windows start on multiples of
+    ``stride``, which should be one of the network's stride (32 is, for every pyramid of up to four levels on a stem of 4).
     Raises `ImageError` where no pixel of the mosaic is valid.
     """
     tiles = plan(mosaic.width, mosaic.height, window, overlap, stride)
     found: list[Detections] = []
     valid = 0
     for tile, (detections, pixels) in zip(tiles, _in_flight(mosaic, tiles, predictor, ebv, workers), strict=True):
-        found.append(detections.shift(tile.window.x0, tile.window.y0))
+        # what touched the window's border touches the mosaic's only if reconcile says so
+        own = replace(detections, flags=detections.flags & ~np.int32(Flag.EDGE))
+        found.append(own.shift(tile.window.x0, tile.window.y0))
         valid += pixels
         if progress:
             progress(len(found), len(tiles), sum(len(part) for part in found))

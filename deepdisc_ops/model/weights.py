@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from deepdisc_ops.resources import git_commit
 
 WEIGHTS = "member.safetensors"
 DESCRIPTION = "member.yaml"
+OLD = "-old"
 
 
 @dataclass(frozen=True)
@@ -36,27 +38,44 @@ class MemberInfo:
 
 
 def save_member(folder: Path, network: DeepDisc, config: TrainingConfig, metrics: Mapping[str, float], step: int) -> None:
-    """Write a checkpoint folder in one move: a reader sees the old one or the new one, never half."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    """Write a checkpoint folder under a temporary name and put it in the place of the old one."""
     try:
-        save_file({key: value.contiguous() for key, value in network.state_dict().items()}, staging / WEIGHTS)
-        info = MemberInfo(config, dict(metrics), step, deepdisc_ops.__version__, git_commit())
-        write_info(staging / DESCRIPTION, info)
-        replace_folder(staging, folder)
-    except OSError as error:
-        shutil.rmtree(staging, ignore_errors=True)
+        with staged(folder) as staging:
+            save_file({key: value.contiguous() for key, value in network.state_dict().items()}, staging / WEIGHTS)
+            info = MemberInfo(config, dict(metrics), step, deepdisc_ops.__version__, git_commit())
+            write_info(staging / DESCRIPTION, info)
+    except (OSError, SafetensorError) as error:
         raise CheckpointError(f"checkpoint {folder} could not be written ({error}); the one before it is untouched") from None
 
 
-def replace_folder(staging: Path, folder: Path) -> None:
-    """Put ``staging`` in the place of ``folder``, on the same file system."""
-    staging.chmod(0o755)
-    old = staging.with_name(f"{staging.name}-old")
-    if folder.exists():
-        folder.replace(old)
-    staging.replace(folder)
-    shutil.rmtree(old, ignore_errors=True)
+@contextmanager
+def staged(folder: Path) -> Iterator[Path]:
+    """A new folder that takes the place of ``folder`` when the block ends well, and vanishes when it does not.
+
+    Between the two renames at the end ``folder`` is away for an instant; `recover` brings back what a kill left there.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        yield staging
+        staging.chmod(0o755)
+        old = staging.with_name(f"{staging.name}{OLD}")
+        if folder.exists():
+            folder.replace(old)
+        staging.replace(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def recover(folder: Path) -> None:
+    """Put back a folder that a kill in the middle of `staged` moved aside, and remove what else it left."""
+    left = sorted(folder.parent.glob(f".{folder.name}-*"), key=lambda path: path.stat().st_mtime)
+    aside = [path for path in left if path.name.endswith(OLD)]
+    if aside and not folder.exists():
+        aside[-1].replace(folder)
+    for path in left:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def write_info(path: Path, info: MemberInfo) -> None:

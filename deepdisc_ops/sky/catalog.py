@@ -15,6 +15,7 @@ from astropy.wcs import WCS
 from numpy.typing import NDArray
 
 from deepdisc_ops.errors import CatalogError
+from deepdisc_ops.sky.coordinates import icrs_positions
 from deepdisc_ops.sky.detections import Detections
 
 FORMATS = (".parquet", ".fits")
@@ -67,11 +68,12 @@ def build_catalog(
     centre, boxes = detections.centres.astype(np.float64), detections.boxes
     order = np.lexsort((centre[:, 0], centre[:, 1]))
     x, y = centre.T
-    ra, dec = wcs.pixel_to_world_values(x, y) if wcs is not None else (np.full(len(x), np.nan), np.full(len(x), np.nan))
+    nowhere = np.full(len(x), np.nan)
+    ra, dec = icrs_positions(wcs, x, y) if wcs is not None else (nowhere, nowhere)
     values = {
         "id": np.arange(1, len(x) + 1),
-        "ra": np.asarray(ra, np.float64),
-        "dec": np.asarray(dec, np.float64),
+        "ra": ra,
+        "dec": dec,
         "x": x,
         "y": y,
         **dict(zip(("x0", "y0", "x1", "y1"), boxes.T, strict=True)),

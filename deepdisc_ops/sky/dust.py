@@ -19,6 +19,7 @@ from astropy.wcs import WCS
 from numpy.typing import NDArray
 
 from deepdisc_ops.errors import ConfigError, SetupError
+from deepdisc_ops.sky.coordinates import icrs_positions
 from deepdisc_ops.sky.tiling import Window
 
 EbvSource = Callable[[NDArray[np.float64], NDArray[np.float64]], NDArray[np.float64]]
@@ -47,8 +48,8 @@ def plane_over(window: Window, wcs: WCS | None, source: EbvSource) -> EbvPlane:
     """E(B-V) at the corners of ``window``; ``wcs`` is the mosaic's (without one, the source is asked at 0, 0)."""
     x = np.array([window.x0, window.x1, window.x0, window.x1]) - 0.5
     y = np.array([window.y0, window.y0, window.y1, window.y1]) - 0.5
-    ra, dec = wcs.pixel_to_world_values(x, y) if wcs is not None else (np.zeros(4), np.zeros(4))
-    a, b, c, d = (float(value) for value in source(np.asarray(ra), np.asarray(dec)))
+    ra, dec = icrs_positions(wcs, x, y) if wcs is not None else (np.zeros(4), np.zeros(4))
+    a, b, c, d = (float(value) for value in source(ra, dec))
     return EbvPlane((a, b, c, d))
 
 

@@ -26,6 +26,9 @@ from deepdisc_ops.sky.tiling import Window
 NJY_ZERO_POINT = 31.4
 ZERO_POINT_KEYS = ("MAGZERO", "MAGZPT", "ZEROPT", "PHOTZP")
 WCS_TOLERANCE_PIXELS = 0.01
+GENERIC_NAMES = ("", "sci", "image", "data", "primary", "compressed_image")
+"""Extension names that say nothing of the band."""
+COMPRESSED = (".gz", ".bz2", ".xz", ".zip", ".z")
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,9 @@ class _Plane:
     index: int | None
     shape: tuple[int, int]
     wcs: WCS | None
-    to_njy: float
+    to_njy: float | None
+    unit: str = ""
+    scaled: bool = False
 
 
 class Mosaic:
@@ -88,16 +93,16 @@ class Mosaic:
 
     def select(self, bands: Sequence[str]) -> Mosaic:
         """The same mosaic with ``bands`` in the order given; `ImageError` names what is missing."""
-        by_name = {plane.band: i for i, plane in enumerate(self._planes)}
-        missing = [band for band in bands if band not in by_name]
+        by_name = {plane.band.lower(): i for i, plane in enumerate(self._planes)}
+        missing = [band for band in bands if band.lower() not in by_name]
         if missing:
             raise ImageError(
                 f"band{'s' * (len(missing) > 1)} {', '.join(missing)} missing: found {', '.join(self.bands)}, "
                 f"expected {', '.join(bands)}; add the file or extension, or use a model of the bands you have"
             )
-        order = [by_name[band] for band in bands]
+        order = [by_name[band.lower()] for band in bands]
         arrays = None if self._arrays is None else self._arrays[order]
-        return Mosaic([self._planes[i] for i in order], self.pixel_scale, arrays)
+        return Mosaic([replace(self._planes[i], band=band) for i, band in zip(order, bands, strict=True)], self.pixel_scale, arrays)
 
     def read(self, window: Window | None = None) -> SkyImage:
         """Pixels of ``window`` (default: everything) with the WCS of that window."""
@@ -105,7 +110,7 @@ class Mosaic:
         data = np.empty((len(self._planes), window.height, window.width), np.float32)
         for i, plane in enumerate(self._planes):
             data[i] = self._read_plane(i, plane, window)
-            data[i] *= np.float32(plane.to_njy)
+            data[i] *= np.float32(plane.to_njy or 1.0)
         invalid = ~np.isfinite(data)
         data[invalid] = 0
         wcs = self.wcs
@@ -119,7 +124,9 @@ class Mosaic:
             return self._arrays[i, rows, columns]
         with self._lock:
             if plane.path not in self._files:
-                self._files[plane.path] = fits.open(plane.path, memmap=True)
+                # scaled integers cannot be mapped; astropy then reads the rows of a section from the file
+                scaled = any(other.scaled for other in self._planes if other.path == plane.path)
+                self._files[plane.path] = fits.open(plane.path, memmap=not scaled)
             section = self._files[plane.path][plane.hdu].section
             pixels = section[rows, columns] if plane.index is None else section[plane.index, rows, columns]
         return np.asarray(pixels, np.float32)
@@ -149,9 +156,10 @@ def open_mosaic(
 ) -> Mosaic:
     """Open images as one `Mosaic`, its planes ordered by name as ``bands`` says.
 
-    Understands multi-extension FITS (a band per EXTNAME or FILTER), a file per band, a cube, and .npz with
+    Understands multi-extension FITS (a band per FILTER or EXTNAME), a file per band, a cube, and .npz with
     ``images`` (C, H, W) and ``filters``. ``plane_bands`` names the planes where the files do not, ``zero_point`` (AB)
-    overrides the headers', ``pixel_scale`` (arcsec) is needed only without a WCS. Raises `ImageError`.
+    overrides the headers', ``pixel_scale`` (arcsec) is needed only without a WCS. Planes that are not among ``bands``
+    (a variance, a PSF) are left alone. Raises `ImageError`.
     """
     paths = [paths] if isinstance(paths, Path) else list(paths)
     if len(paths) == 1 and paths[0].suffix == ".npz":
@@ -159,12 +167,15 @@ def open_mosaic(
     else:
         planes = [plane for path in paths for plane in _fits_planes(path, zero_point)]
         mosaic = Mosaic(_named(planes, plane_bands), pixel_scale or 0.0)
+    if bands:
+        mosaic = mosaic.select(bands)
+    _check_planes(mosaic)
     _check_grid(mosaic, require_wcs)
     if mosaic.wcs is not None:
         mosaic.pixel_scale = float(np.sqrt(proj_plane_pixel_area(mosaic.wcs)) * 3600)
     elif not mosaic.pixel_scale:
         raise ImageError(f"{paths[0]} has no WCS and no pixel scale; give --pixel-scale in arcsec")
-    return mosaic.select(bands) if bands else mosaic
+    return mosaic
 
 
 def _open_npz(path: Path, plane_bands: Sequence[str] | None, zero_point: float | None, pixel_scale: float | None) -> Mosaic:
@@ -195,7 +206,8 @@ def _fits_planes(path: Path, zero_point: float | None) -> list[_Plane]:
             warnings.simplefilter("ignore", AstropyUserWarning)
             with fits.open(path, memmap=True) as file:
                 _check_complete(path, file)
-                return [plane for i, hdu in enumerate(file) for plane in _hdu_planes(path, i, hdu, zero_point)]
+                general = str(file[0].header.get("FILTER") or "").strip()
+                return [plane for i, hdu in enumerate(file) for plane in _hdu_planes(path, i, hdu, zero_point, general)]
     except FileNotFoundError:
         raise ImageError(f"image {path} does not exist") from None
     except (OSError, fits.VerifyError, TypeError) as error:
@@ -203,6 +215,8 @@ def _fits_planes(path: Path, zero_point: float | None) -> list[_Plane]:
 
 
 def _check_complete(path: Path, file: fits.HDUList) -> None:
+    if path.suffix.lower() in COMPRESSED:  # offsets are those of the content; reading tells whether it is whole
+        return
     size = path.stat().st_size
     last = [hdu.fileinfo() for hdu in file][-1]
     expected = last["datLoc"] + last["datSpan"]
@@ -210,35 +224,40 @@ def _check_complete(path: Path, file: fits.HDUList) -> None:
         raise ImageError(f"{path} is truncated: {size} bytes of {expected}; fetch it again")
 
 
-def _hdu_planes(path: Path, i: int, hdu: fits.ImageHDU, zero_point: float | None) -> list[_Plane]:
+def _hdu_planes(path: Path, i: int, hdu: fits.ImageHDU, zero_point: float | None, general: str) -> list[_Plane]:
+    """Planes of one extension; ``general`` is the FILTER of the file's primary header."""
     if not hdu.is_image or hdu.header.get("NAXIS", 0) not in (2, 3):
         return []
     header = hdu.header
-    name = str(header.get("EXTNAME") or header.get("FILTER") or "").strip().lower()
+    extension = str(header.get("EXTNAME") or "").strip()
+    named = "" if extension.lower() in GENERIC_NAMES else extension
+    name = (str(header.get("FILTER") or "").strip() or named or general).lower()
+    scaled = any(key in header for key in ("BSCALE", "BZERO", "BLANK"))
     shape = hdu.shape[-2:]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FITSFixedWarning)
         wcs = WCS(header, naxis=2)
     celestial = wcs if wcs.has_celestial else None
-    factor = _header_to_njy(path, header, zero_point)
+    factor, unit = _header_to_njy(path, header, zero_point), str(header.get("BUNIT", "none"))
     if header["NAXIS"] == 2:
-        return [_Plane(name, path, i, None, shape, celestial, factor)]
-    return [_Plane("", path, i, plane, shape, celestial, factor) for plane in range(hdu.shape[0])]
+        return [_Plane(name, path, i, None, shape, celestial, factor, unit, scaled)]
+    return [_Plane("", path, i, plane, shape, celestial, factor, unit, scaled) for plane in range(hdu.shape[0])]
 
 
-def _header_to_njy(path: Path, header: fits.Header, zero_point: float | None) -> float:
+def _header_to_njy(path: Path, header: fits.Header, zero_point: float | None) -> float | None:
+    """Factor from the file's counts to nJy; None where nothing tells it."""
     if zero_point is not None:
         return _njy_per_count(zero_point)
     for key in ZERO_POINT_KEYS:
         if key in header:
-            return _njy_per_count(float(header[key]))
+            try:
+                return _njy_per_count(float(header[key]))
+            except (TypeError, ValueError):
+                raise ImageError(f"{path}: {key} is {header[key]!r}, not a magnitude; give --zero-point") from None
     try:
         return float(units.Unit(header.get("BUNIT", "")).to(units.nJy))
     except (units.UnitConversionError, ValueError, TypeError):
-        raise ImageError(
-            f"{path} has no zero point ({', '.join(ZERO_POINT_KEYS)}) and its unit {header.get('BUNIT')!r} is no flux; "
-            "give --zero-point"
-        ) from None
+        return None
 
 
 def _njy_per_count(zero_point: float) -> float:
@@ -264,6 +283,15 @@ def _named(planes: Sequence[_Plane], plane_bands: Sequence[str] | None) -> list[
     if double:
         raise ImageError(f"band {', '.join(double)} appears more than once; hand in each band once")
     return list(planes)
+
+
+def _check_planes(mosaic: Mosaic) -> None:
+    for plane in mosaic._planes:
+        if plane.to_njy is None:
+            raise ImageError(
+                f"{plane.path}: band {plane.band} has no zero point ({', '.join(ZERO_POINT_KEYS)}) and its unit {plane.unit!r} "
+                "is no flux; give --zero-point"
+            )
 
 
 def _check_grid(mosaic: Mosaic, require_wcs: bool) -> None:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from deepdisc_ops.errors import ConfigError
 from deepdisc_ops.sky.detections import Array, Detections, Flag
 from deepdisc_ops.sky.matching import pairwise_iou_candidates
 
@@ -56,7 +57,7 @@ def plan(width: int, height: int, tile: int, overlap: int, stride: int = 1) -> l
 def _plan_axis(size: int, tile: int, overlap: int, stride: int) -> list[tuple[tuple[int, int], tuple[int, int]]]:
     step = (tile - overlap) // stride * stride
     if step <= 0 or overlap < 0:
-        raise ValueError(f"tile {tile} with overlap {overlap} and stride {stride} does not advance; use a larger tile")
+        raise ConfigError(f"tiles of {tile} px with overlap {overlap} and stride {stride} do not advance; use larger ones")
     starts = [0]
     while starts[-1] + tile < size:
         starts.append(starts[-1] + step)

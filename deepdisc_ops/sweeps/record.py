@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from deepdisc_ops.config import TrainingConfig
+from deepdisc_ops.config import TrainingConfig, flatten
 from deepdisc_ops.errors import TrainingError
 from deepdisc_ops.sweeps import space, trial
 from deepdisc_ops.sweeps.space import SweepSpec
@@ -33,7 +33,6 @@ from deepdisc_ops.tracking import (
     TRIAL_TAG,
     RunRecord,
     Tracker,
-    flatten,
 )
 
 log = logging.getLogger(__name__)

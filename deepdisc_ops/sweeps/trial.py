@@ -155,10 +155,10 @@ def train_in_folder(config: TrainingConfig, folder: Path, train: Train, tell: Ca
     A crash between a checkpoint and its report would leave a gap in the journal: the checkpoint's own history closes it.
     Training that was already complete still tells its last metrics once, as the scheduler knows a trial by its reports only.
     """
-    from deepdisc_ops.training.checkpoint import load_state
+    from deepdisc_ops.training.checkpoint import read_history
 
     journal = Journal(folder)
-    for entry in load_state(folder / "last").history:
+    for entry in read_history(folder / "last"):
         journal.append(int(entry["step"]), {key: value for key, value in entry.items() if key != "step"})
     told = False
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 
+from deepdisc_ops.config import TrainingConfig, flatten
 from deepdisc_ops.errors import CheckpointError
 
 STATE = "state.pt"
@@ -37,24 +39,57 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         staging.unlink(missing_ok=True)
 
 
-def save_state(folder: Path, state: TrainingState, **parts: Any) -> None:
-    """Write state, the generator's state and the state_dict of each of ``parts`` to ``folder``/state.pt."""
+def save_state(folder: Path, state: TrainingState, config: TrainingConfig, **parts: Any) -> None:
+    """Write state, config, the generators' states and the state_dict of each of ``parts`` to ``folder``/state.pt."""
     tree = {name: part.state_dict() for name, part in parts.items()}
-    tree |= {"step": state.step, "best": state.best, "history": state.history, "rng": torch.get_rng_state()}
+    tree |= {"step": state.step, "best": state.best, "history": state.history, "config": _identity(config)}
+    tree |= {"rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()}
     write_atomically(folder / STATE, lambda path: torch.save(tree, path))
 
 
-def load_state(folder: Path, **parts: Any) -> TrainingState:
-    """Restore ``parts`` and the generator from ``folder``/state.pt; a fresh state where there is none."""
-    path = folder / STATE
-    if not path.exists():
+def load_state(folder: Path, config: TrainingConfig, **parts: Any) -> TrainingState:
+    """Restore ``parts`` and the generators from ``folder``/state.pt; a fresh state where there is none.
+
+    A run goes on only under the config it was started with (device, threads and cache may differ).
+    """
+    tree = _read(folder / STATE, *parts)
+    if tree is None:
         return TrainingState()
-    try:
-        tree = torch.load(path, weights_only=True, map_location="cpu")
-        for name, part in parts.items():
-            part.load_state_dict(tree[name])
-    except (RuntimeError, KeyError, ValueError, EOFError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"{path} does not fit this run ({reason}); train into a new folder or delete {folder}") from None
+    differing = [key for key, value in _identity(config).items() if tree["config"].get(key) != value]
+    if differing:
+        raise CheckpointError(
+            f"{folder / STATE} belongs to a run with other {', '.join(differing)}; train into a new folder, "
+            "or give the same config to go on"
+        )
+    for name, part in parts.items():
+        part.load_state_dict(tree[name])
     torch.set_rng_state(tree["rng"])
+    if len(tree["cuda_rng"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(tree["cuda_rng"])
     return TrainingState(tree["step"], tree["best"], tree["history"])
+
+
+def read_history(folder: Path) -> list[dict[str, float]]:
+    """The curves in ``folder``/state.pt so far; none where there is no such file."""
+    tree = _read(folder / STATE)
+    return [] if tree is None else list(tree["history"])
+
+
+def _read(path: Path, *parts: str) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    try:
+        tree: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+    except (RuntimeError, ValueError, EOFError, OSError, pickle.UnpicklingError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{path} cannot be read ({reason}); delete {path.parent} to start the run anew") from None
+    missing = {"step", "best", "history", "config", "rng", "cuda_rng", *parts} - set(tree)
+    if missing:
+        raise CheckpointError(f"{path} lacks {', '.join(sorted(missing))}; delete {path.parent} to start the run anew")
+    return tree
+
+
+def _identity(config: TrainingConfig) -> dict[str, str]:
+    """The settings that decide what a run computes, by dotted key."""
+    free = {"train.device", "train.threads", "data.cache_gb", "data.path"}
+    return {key: value for key, value in flatten(config.model_dump(mode="json")).items() if key not in free}

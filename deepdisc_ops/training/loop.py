@@ -21,7 +21,7 @@ from deepdisc_ops.data.loader import CropLoader, label, measure_noise
 from deepdisc_ops.data.records import Dataset, Record, open_dataset, subset
 from deepdisc_ops.errors import ConfigError, TrainingError
 from deepdisc_ops.model.build import DeepDisc
-from deepdisc_ops.model.weights import save_member
+from deepdisc_ops.model.weights import recover, save_member
 from deepdisc_ops.photoz.figures import loss_curves, write_figure
 from deepdisc_ops.training.checkpoint import load_state, save_state
 from deepdisc_ops.training.targets import stack, to_instances
@@ -54,7 +54,8 @@ def train(config: TrainingConfig, out: Path, *, report: Report | None = None) ->
     loader = CropLoader(records, dataset.info, config.data, config.model, config.seed)
 
     parts = {"network": network, "optimizer": optimizer, "schedule": schedule}
-    state = load_state(out / "last", **parts)
+    recover(out / "best")
+    state = load_state(out / "last", config, **parts)
     if not (out / "best").exists():
         state.best = math.inf
     started, seen, losses_seen = time.monotonic(), 0, []
@@ -86,7 +87,7 @@ def train(config: TrainingConfig, out: Path, *, report: Report | None = None) ->
             if metrics["val_nll"] < state.best or not (out / "best").exists():
                 state.best = metrics["val_nll"]
                 save_member(out / "best", network, config, metrics, done)
-            save_state(out / "last", state, **parts)
+            save_state(out / "last", state, config, **parts)
             write_figure(loss_curves(state.history), out / "loss.png")
             if report:
                 report(done, metrics)

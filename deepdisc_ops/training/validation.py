@@ -16,6 +16,7 @@ from deepdisc_ops.inference.engine import Member
 from deepdisc_ops.model.build import DeepDisc
 from deepdisc_ops.photoz import metrics
 from deepdisc_ops.photoz.mixture import GaussianMixture
+from deepdisc_ops.sky.coordinates import icrs_positions
 from deepdisc_ops.sky.detections import Detections
 from deepdisc_ops.sky.dust import EbvPlane
 from deepdisc_ops.sky.images import SkyImage, open_mosaic
@@ -79,8 +80,8 @@ def _losses(network: DeepDisc, config: TrainingConfig, record: Record, info: Dat
 def _match(image: SkyImage, found: Detections, record: Record) -> tuple[np.ndarray, np.ndarray]:
     if image.wcs is None:  # open_mosaic refuses images without a WCS
         raise AssertionError
-    ra, dec = image.wcs.pixel_to_world_values(*found.centres.T)
-    matches = match_on_sky(record.objects.ra, record.objects.dec, np.asarray(ra), np.asarray(dec), MATCH_RADIUS_ARCSEC)
+    ra, dec = icrs_positions(image.wcs, *found.centres.T)
+    matches = match_on_sky(record.objects.ra, record.objects.dec, ra, dec, MATCH_RADIUS_ARCSEC)
     return matches.index1, matches.index2
 
 

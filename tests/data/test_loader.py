@@ -45,11 +45,18 @@ def test_redshift_labels_are_left_to_gold_galaxies() -> None:
     assert labels.classes.tolist() == [0, 0, 0, 0]
     two = label(truth, INFO, ModelSettings(classes=("galaxy", "star")), 11)
     assert two.classes.tolist() == [0, 1, 0, 0]
+    turned = label(truth, INFO, ModelSettings(classes=("star", "galaxy")), 11)
+    assert turned.classes.tolist() == [1, 0, 1, 1]
 
 
 def test_small_boxes_are_widened_about_the_centre() -> None:
     labels = label(objects([10.0], [20.0]), INFO, ModelSettings(), 11)
     np.testing.assert_allclose(labels.boxes, [[5, 15, 16, 26]])
+
+
+def test_a_box_cut_by_the_edge_of_the_image_keeps_its_other_side() -> None:
+    truth = objects([2.0], [20.0], boxes=np.array([[0, 8, 22, 33]], np.float32))
+    np.testing.assert_allclose(label(truth, INFO, ModelSettings(), 11).boxes, [[-3, 8, 22, 33]])
 
 
 def test_a_band_of_magnitudes_the_model_does_not_know_is_refused() -> None:

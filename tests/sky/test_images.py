@@ -122,6 +122,58 @@ def test_a_unit_of_flux_takes_the_place_of_a_zero_point(spaced: Path) -> None:
         np.testing.assert_allclose(mosaic.read().data[0], pixels("g") * 1000, rtol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["unsigned", "scaled", "blank"])
+def test_integers_are_read_as_astropy_reads_them(spaced: Path, kind: str) -> None:
+    values = np.arange(31 * 45).reshape(SHAPE)
+    hdu = fits.ImageHDU(values.astype(np.uint16 if kind == "unsigned" else np.int16), header(MAGZERO=31.4), name="g")
+    if kind == "scaled":
+        hdu.scale("int16", bscale=0.25, bzero=100)
+    if kind == "blank":
+        hdu.header["BLANK"] = 7
+    fits.HDUList([fits.PrimaryHDU(), hdu]).writeto(spaced / "m.fits")
+    with open_mosaic(spaced / "m.fits") as mosaic:
+        whole, part = mosaic.read(), mosaic.read(Window(3, 4, 20, 9))
+    expected = np.nan_to_num(fits.getdata(spaced / "m.fits", "g").astype(np.float32))
+    np.testing.assert_array_equal(whole.data[0], expected)
+    np.testing.assert_array_equal(part.data[0], expected[4:9, 3:20])
+    assert whole.mask.sum() == (kind == "blank")
+
+
+@pytest.mark.parametrize("suffix", ["fits.gz", "fits.fz"])
+def test_compressed_files(spaced: Path, suffix: str) -> None:
+    kind = fits.CompImageHDU if suffix == "fits.fz" else fits.ImageHDU
+    options = {"quantize_level": 0, "compression_type": "GZIP_2"} if suffix == "fits.fz" else {}
+    hdus = [kind(pixels(band, "f4"), header(MAGZERO=31.4), name=band, **options) for band in BANDS]
+    fits.HDUList([fits.PrimaryHDU(), *hdus]).writeto(spaced / f"m.{suffix}")
+    with open_mosaic(spaced / f"m.{suffix}", BANDS) as mosaic:
+        np.testing.assert_array_equal(mosaic.read(Window(3, 4, 20, 9)).data[1], pixels("r", "f4")[4:9, 3:20])
+
+
+def test_planes_that_are_not_asked_for_are_left_alone(spaced: Path) -> None:
+    path = write(spaced / "m.fits")
+    with fits.open(path, mode="append") as file:
+        file.append(fits.ImageHDU(np.zeros((25, 25), np.float32), name="PSF"))
+    with open_mosaic(path, BANDS) as mosaic:
+        assert mosaic.bands == BANDS
+
+
+def test_the_filter_names_the_band_where_the_extension_does_not(spaced: Path) -> None:
+    paths = []
+    for band in BANDS:
+        paths.append(spaced / f"{band}.fits")
+        primary = fits.PrimaryHDU(header=fits.Header({"FILTER": band.upper()}))
+        fits.HDUList([primary, fits.ImageHDU(pixels(band), header(MAGZERO=27.0), name="SCI")]).writeto(paths[-1])
+    with open_mosaic(paths, ("G", "R", "I")) as mosaic:
+        assert mosaic.bands == ("G", "R", "I")
+
+
+def test_a_zero_point_that_is_no_number_is_named(spaced: Path) -> None:
+    hdu = fits.ImageHDU(pixels("g"), header(MAGZERO="unknown"), name="g")
+    fits.HDUList([fits.PrimaryHDU(), hdu]).writeto(spaced / "m.fits")
+    with pytest.raises(ImageError, match="MAGZERO is 'unknown', not a magnitude"):
+        open_mosaic(spaced / "m.fits")
+
+
 def test_missing_band_is_named(spaced: Path) -> None:
     with pytest.raises(ImageError, match="band i missing: found g, r, expected g, r, i"):
         open_mosaic(write(spaced / "m.fits", ("g", "r")), BANDS)

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deepdisc_ops.errors import ConfigError
 from deepdisc_ops.sky.detections import Detections, Flag
 from deepdisc_ops.sky.tiling import Window, plan, reconcile
 
@@ -27,7 +28,7 @@ def test_every_pixel_is_owned_by_exactly_one_tile(shape: tuple[int, int, int, in
 
 
 def test_a_tile_that_does_not_advance_is_refused() -> None:
-    with pytest.raises(ValueError, match="use a larger tile"):
+    with pytest.raises(ConfigError, match="use larger ones"):
         plan(100, 100, 32, 32)
 
 

@@ -20,7 +20,7 @@ Report = Callable[[int, Mapping[str, float]], None]
 
 
 def train(config: TrainingConfig, out: Path, *, report: Report) -> Path:
-    state = load_state(out / "last")
+    state = load_state(out / "last", config)
     for step in range(state.step + 10, config.train.steps + 1, 10):
         time.sleep(config.train.weight_decay)
         metrics = {"train_loss": 1.0, "val_nll": config.train.lr + 1 / step, "val_completeness": 0.9, "lr": config.train.lr}
@@ -50,4 +50,4 @@ def checkpoint(config: TrainingConfig, out: Path, step: int, metrics: Mapping[st
     (out / "loss.png").write_bytes(b"a figure")
     state.step = step
     state.history.append({"step": float(step), **metrics})
-    save_state(out / "last", state)
+    save_state(out / "last", state, config)

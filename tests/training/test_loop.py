@@ -1,16 +1,19 @@
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from detectron2.structures import Instances
+from torch import Tensor
 
 from deepdisc_ops.config import TrainingConfig, TrainSettings, validate
 from deepdisc_ops.errors import CheckpointError, ConfigError, TrainingError
-from deepdisc_ops.model.weights import load_member
+from deepdisc_ops.model.build import DeepDisc
+from deepdisc_ops.model.weights import load_member, recover
 from deepdisc_ops.training import loop
-from deepdisc_ops.training.checkpoint import write_atomically
+from deepdisc_ops.training.checkpoint import read_history, write_atomically
 
 
 def config(dataset: Path, **train: object) -> TrainingConfig:
@@ -68,9 +71,16 @@ def test_the_checkpoint_knows_bands_noise_and_scale(mini_dataset: Path, spaced: 
 def test_a_loss_that_is_no_number_stops_and_keeps_the_last_checkpoint(
     mini_dataset: Path, spaced: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    broken = config(mini_dataset, lr=1e30, clip_norm=1e30, warmup_steps=0, optimizer="sgd", steps=20, validate_every=20)
-    with pytest.raises(TrainingError, match=r"loss is not finite at step \d+: .*; lower train.lr"):
-        loop.train(broken, spaced)
+    good = loop.finite_losses
+
+    def broken_later(network: DeepDisc, pixels: Tensor, targets: Sequence[Instances], step: int) -> dict[str, Tensor]:
+        return good(network, pixels * (torch.nan if step == 3 else 1), targets, step)
+
+    monkeypatch.setattr(loop, "finite_losses", broken_later)
+    with pytest.raises(TrainingError, match=r"loss is not finite at step 3: .*; lower train.lr"):
+        loop.train(config(mini_dataset), spaced)
+    assert [entry["step"] for entry in read_history(spaced / "last")] == [2]
+    assert load_member(spaced / "best")[1].step == 2
 
 
 def test_bands_and_scale_are_checked_against_the_data(mini_dataset: Path, spaced: Path) -> None:
@@ -87,8 +97,24 @@ def test_a_run_of_another_network_is_not_resumed(mini_dataset: Path, spaced: Pat
     loop.train(config(mini_dataset, steps=1), spaced)
     base = config(mini_dataset, steps=2)
     wider = base.model.model_copy(update={"backbone": base.model.backbone.model_copy(update={"fpn_channels": 24})})
-    with pytest.raises(CheckpointError, match="does not fit this run"):
+    with pytest.raises(CheckpointError, match=r"other model\.backbone\.fpn_channels, train\.steps; train into a new folder"):
         loop.train(base.model_copy(update={"model": wider}), spaced)
+
+
+def test_a_damaged_state_is_named(mini_dataset: Path, spaced: Path) -> None:
+    (spaced / "last").mkdir()
+    (spaced / "last" / "state.pt").write_bytes(b"no checkpoint at all")
+    with pytest.raises(CheckpointError, match=r"state\.pt cannot be read"):
+        loop.train(config(mini_dataset), spaced)
+
+
+def test_a_kill_between_the_two_renames_loses_nothing(spaced: Path) -> None:
+    for name, content in ((".best-a1-old", "kept"), (".best-b2", "half")):
+        (spaced / name).mkdir()
+        (spaced / name / "file").write_text(content)
+    recover(spaced / "best")
+    assert [path.name for path in spaced.iterdir()] == ["best"]
+    assert (spaced / "best" / "file").read_text() == "kept"
 
 
 def test_learning_rate_warms_up_and_falls() -> None:
