@@ -17,12 +17,18 @@ from astropy.table import Table
 from deepdisc_ops.errors import ImageError
 from deepdisc_ops.photoz.mixture import GaussianMixture, summarise
 from deepdisc_ops.sky.catalog import build_catalog
-from deepdisc_ops.sky.detections import Detections, Flag
+from deepdisc_ops.sky.detections import Array, Detections, Flag
 from deepdisc_ops.sky.dust import EbvPlane, EbvSource, plane_over
 from deepdisc_ops.sky.images import Mosaic, SkyImage
-from deepdisc_ops.sky.tiling import Tile, plan, reconcile
+from deepdisc_ops.sky.matching import pairwise_iou_candidates
+from deepdisc_ops.sky.tiling import Tile, Window, plan, reconcile
 
 Predictor = Callable[[SkyImage, EbvPlane], Detections]
+SECOND_SIDE = 448
+"""Side of the windows of the second pass, below a member's tile (512), so that nothing is cut again."""
+SAME_IOU = 0.3
+PIECE_IOU = 0.15
+"""Least IoU of a piece with the whole object."""
 Progress = Callable[[int, int, int], None]
 """Called with windows done, windows in all, objects found so far (before seams are reconciled)."""
 
@@ -61,8 +67,39 @@ def predict_mosaic(
             "check that the files cover the same field"
         )
     detections = reconcile(tiles, found, mosaic.width, mosaic.height)
+    detections = _second_pass(mosaic, predictor, ebv, detections, stride)
     mixture = GaussianMixture.from_arrays(detections.weights, detections.means, detections.sigmas)
     return build_catalog(detections, summarise(mixture), mosaic.wcs, provenance or {})
+
+
+def _second_pass(mosaic: Mosaic, predictor: Predictor, ebv: EbvSource, detections: Detections, stride: int) -> Detections:
+    """Look again at objects that a window's edge cut, in a window centred on each, and replace the pieces by the whole.
+
+    An object larger than the overlap is whole in no window of the first pass (JADES paper, section 4.4, re-runs such
+    objects on re-centred cutouts). One that is not whole here either stays flagged `TRUNCATED`.
+    """
+    for box in detections.boxes[(detections.flags & Flag.TRUNCATED) > 0]:
+        window = _centred(box, mosaic.width, mosaic.height, stride)
+        seen = predictor(mosaic.read(window), plane_over(window, mosaic.wcs, ebv)).shift(window.x0, window.y0)
+        seen = replace(seen, flags=seen.flags & ~np.int32(Flag.EDGE))
+        seen = reconcile([Tile(window, window)], [seen], mosaic.width, mosaic.height)
+        whole = seen.select(np.flatnonzero((seen.flags & Flag.TRUNCATED) == 0))
+        _, candidates, iou = pairwise_iou_candidates(box[None], whole.boxes, PIECE_IOU)
+        if not len(candidates):
+            continue
+        best = whole.select(candidates[[int(np.argmax(iou))]])
+        _, same, overlap = pairwise_iou_candidates(best.boxes, detections.boxes, PIECE_IOU)
+        cut = (detections.flags[same] & Flag.TRUNCATED) > 0
+        rest = np.setdiff1d(np.arange(len(detections)), same[cut | (overlap >= SAME_IOU)])
+        detections = Detections.concatenate([detections.select(rest), best])
+    return detections
+
+
+def _centred(box: Array, width: int, height: int, stride: int) -> Window:
+    """A window of `SECOND_SIDE` about the box, inside the mosaic as far as that reaches, on multiples of ``stride``."""
+    x, y = (box[:2] + box[2:]) / 2
+    x0, y0 = (max(0, int(round(float(c)) - SECOND_SIDE // 2) // stride * stride) for c in (x, y))
+    return Window(x0, y0, min(x0 + SECOND_SIDE, width), min(y0 + SECOND_SIDE, height))
 
 
 def _in_flight(

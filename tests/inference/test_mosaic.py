@@ -6,14 +6,18 @@ import numpy as np
 import pytest
 from astropy.io import fits
 from astropy.table import Table
+from astropy.wcs import WCS
+from numpy.typing import NDArray
 
 from deepdisc_ops.data.simulate import simulate_scene, write_scene
 from deepdisc_ops.data.surveys import survey
 from deepdisc_ops.errors import ImageError
 from deepdisc_ops.inference.ensemble import Ensemble
-from deepdisc_ops.inference.mosaic import predict_mosaic
+from deepdisc_ops.inference.mosaic import Predictor, predict_mosaic
+from deepdisc_ops.sky.detections import Detections, Flag
 from deepdisc_ops.sky.dust import EbvPlane, ebv_source
-from deepdisc_ops.sky.images import Mosaic, SkyImage, open_mosaic
+from deepdisc_ops.sky.images import Mosaic, SkyImage, _Plane, open_mosaic
+from deepdisc_ops.sky.matching import pairwise_iou_candidates
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +51,46 @@ def test_positions_go_through_the_wcs(scene: Path, tiny_ensemble: Path) -> None:
         assert mosaic.wcs is not None
         x, y = mosaic.wcs.world_to_pixel_values(table["ra"], table["dec"])
     np.testing.assert_allclose([x, y], [table["x"], table["y"]], atol=1e-6)
+
+
+def boxes_on_the_sky(boxes: NDArray[np.float32]) -> Predictor:
+    """A detector of known boxes in mosaic pixels: finds what shows in a window, cut at its edges."""
+
+    def predict_window(image: SkyImage, ebv: EbvPlane) -> Detections:
+        assert image.wcs is not None
+        corner = np.round(-image.wcs.wcs.crpix + ORIGIN).astype(int)
+        height, width = image.mask.shape
+        shown = np.clip(boxes - np.tile(corner, 2), 0, [width, height] * 2).astype(np.float32)
+        size = (shown[:, 2:] - shown[:, :2]).min(axis=1)
+        shown = shown[size > 6]
+        n, index = len(shown), np.zeros(len(shown), np.int32)
+        ones = np.ones((n, 1), np.float32)
+        return Detections(shown, ones[:, 0], index, ones, ones, ones / 10, ones[:, 0] / 50, index + 1, index)
+
+    return predict_window
+
+
+ORIGIN = np.array([500.5, 300.5])
+
+
+def test_objects_larger_than_the_overlap_are_whole_and_single() -> None:
+    wcs = WCS(naxis=2)
+    wcs.wcs.ctype, wcs.wcs.crval, wcs.wcs.crpix = ["RA---TAN", "DEC--TAN"], [10.0, 20.0], ORIGIN
+    wcs.wcs.cdelt = [-5e-5, 5e-5]
+    plane = _Plane("g", Path("memory"), 0, 0, (600, 1000), wcs, 1.0)
+    mosaic = Mosaic([plane], 0.18, np.zeros((1, 600, 1000), np.float32))
+    rng = np.random.default_rng(2)
+    small = rng.uniform(10, 560, (60, 2)) * [1.6, 1]
+    truth = [[360, 100, 540, 240], [430, 380, 580, 560], [700, 20, 990, 250], [880, 400, 980, 590]]
+    truth += [[x, y, x + 12, y + 12] for x, y in small]
+    boxes = np.array(truth, np.float32)
+    far = pairwise_iou_candidates(boxes, boxes, 0.05)
+    boxes = boxes[np.setdiff1d(np.arange(len(boxes)), far[0][far[0] > far[1]])]
+    table = predict_mosaic(mosaic, boxes_on_the_sky(boxes), ebv_source("0"), window=512, overlap=64)
+    found = np.stack([table[name] for name in ("x0", "y0", "x1", "y1")], axis=1)
+    assert (np.asarray(table["flags"]) & Flag.TRUNCATED == 0).all()
+    order = [np.lexsort(one.T) for one in (found, boxes)]
+    np.testing.assert_array_equal(found[order[0]], boxes[order[1]])
 
 
 def test_without_a_valid_pixel_there_is_no_catalogue(scene: Path, tiny_ensemble: Path, spaced: Path) -> None:
