@@ -181,23 +181,25 @@ def test_the_real_training_loop_in_a_sweep(spaced: Path) -> None:
     from deepdisc_ops.data.simulate import simulate_dataset
     from deepdisc_ops.data.surveys import survey
 
-    scenes = simulate_dataset(survey("hsc"), spaced / "scenes", counts={"train": 4, "validation": 1}, size=128, seed=5)
+    # dense scenes and steps enough that some of the 50 gold galaxies are surely matched
+    counts = {"train": 6, "validation": 2}
+    scenes = simulate_dataset(survey("hsc"), spaced / "scenes", counts=counts, size=192, seed=5, density=3.0)
     tree = {
         "name": "real",
         "base": {
             "data": {"path": str(spaced / "scenes"), "crop": 64},
             "model": {"bands": list(scenes.info.bands)},
             "inference": {"score_threshold": 0.0},
-            "train": {"steps": 4, "batch_size": 1, "warmup_steps": 0, "validate_every": 2},
+            "train": {"steps": 40, "batch_size": 2, "warmup_steps": 4, "validate_every": 20},
         },
         "space": {"model.backbone.name": {"grid": ["tiny", "small"]}},
-        "scheduler": {"name": "asha", "grace_steps": 4},
+        "scheduler": {"name": "asha", "grace_steps": 40},
     }
     result = run_sweep(space.parse_spec(tree, "spec"), spaced / "out")
     assert [trial.state for trial in result.trials] == ["finished", "finished"]
     tracker = Tracker(result.tracking_uri)
     for trial in result.trials:
-        assert [step for step, _ in tracker.history(trial.run_id, "val_nll")] == [2, 4]
+        assert [step for step, _ in tracker.history(trial.run_id, "val_nll")] == [20, 40]
         assert tracker.record(trial.run_id).tags["dataset"] == "scenes"
     (member,) = select_members(result.tracking_uri, "real", 1, into=spaced / "copies")
     assert (member.checkpoint / "member.safetensors").exists()
