@@ -21,6 +21,7 @@ from rich.table import Table
 
 from deepdisc_ops import resources
 from deepdisc_ops.config import read_yaml
+from deepdisc_ops.errors import DeepdiscOpsError
 from deepdisc_ops.sky.catalog import read_catalog
 
 console = Console(highlight=False)
@@ -41,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     started = time.monotonic()
     try:
         run(options.out, options.sweep, options.scenes, options.mosaic)
-    except StepFailed as failure:
+    except (StepFailed, DeepdiscOpsError) as failure:
         console.print(f"[bold red]demo stopped:[/] {failure}")
         return 2
     summarise(options.out, time.monotonic() - started)

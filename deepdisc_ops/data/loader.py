@@ -91,7 +91,7 @@ class Labels:
 def label(objects: Objects, info: DatasetInfo, model: ModelSettings, min_box: float) -> Labels:
     """Widen small boxes about the objects' centres, name the classes, and leave redshifts to gold galaxies alone.
 
-    The gold cut applies to the redshift only; every object trains detection (LSST paper, section 2).
+    The gold cut applies to the redshift only; every object trains detection (LSST paper).
     """
     if model.redshift_head.gold_band != info.gold_band:
         raise ConfigError(

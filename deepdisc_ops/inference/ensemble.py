@@ -37,7 +37,7 @@ from deepdisc_ops.sky.tiling import Window, plan, reconcile
 
 FORMAT = 1
 DESCRIPTION = "ensemble.yaml"
-MATCH_IOU = 0.3  # JADES paper, section 4.2
+MATCH_IOU = 0.3  # JADES paper
 
 
 @dataclass(frozen=True)
@@ -156,6 +156,8 @@ def write_ensemble(
     """
     if not checkpoints:
         raise CheckpointError("an ensemble needs at least one checkpoint folder; found none")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / DESCRIPTION).exists():
+        raise ArchiveError(f"{folder} holds other files and would be replaced; name a new folder or an ensemble's")
     infos = [read_info(path) for path in checkpoints]
     _check_alike(checkpoints, infos)
     weights = member_weights([info.metrics["val_nll"] for info in infos])

@@ -75,7 +75,7 @@ def predict_mosaic(
 def _second_pass(mosaic: Mosaic, predictor: Predictor, ebv: EbvSource, detections: Detections, stride: int) -> Detections:
     """Look again at objects that a window's edge cut, in a window centred on each, and replace the pieces by the whole.
 
-    An object larger than the overlap is whole in no window of the first pass (JADES paper, section 4.4, re-runs such
+    An object larger than the overlap is whole in no window of the first pass (the JADES paper re-runs such
     objects on re-centred cutouts). One that is not whole here either stays flagged `TRUNCATED`.
     """
     for box in detections.boxes[(detections.flags & Flag.TRUNCATED) > 0]:

@@ -119,7 +119,7 @@ def build_box_heads(shapes: Shapes, model: ModelSettings, inference: InferenceSe
 
 
 class RedshiftHead(nn.Module):
-    """Pooled features and E(B-V) to a Gaussian mixture in redshift (LSST paper, section 3 and Table 1).
+    """Pooled features and E(B-V) to a Gaussian mixture in redshift (LSST paper, Table 1).
 
     The same boxes-to-features step serves training and inference.
     """

@@ -123,6 +123,16 @@ def test_members_must_share_bands(tiny_checkpoints: list[Path], spaced: Path) ->
         write_ensemble(spaced / "ensemble", [])
 
 
+def test_a_folder_of_other_things_is_not_replaced(tiny_checkpoints: list[Path], spaced: Path) -> None:
+    (spaced / "thesis.txt").write_text("years of work")
+    with pytest.raises(ArchiveError, match="holds other files"):
+        write_ensemble(spaced, tiny_checkpoints)
+    assert [path.name for path in spaced.iterdir()] == ["thesis.txt"]
+    for _ in range(2):
+        write_ensemble(spaced / "ensemble", tiny_checkpoints)
+    assert sorted(path.name for path in spaced.iterdir()) == ["ensemble", "thesis.txt"]
+
+
 def test_select_and_concatenate_are_inverse(tiny_ensemble: Path, sky: NDArray[np.float32]) -> None:
     found = Ensemble.load(tiny_ensemble).predict(sky, EbvPlane.constant(0.0))
     index = np.arange(len(found))
