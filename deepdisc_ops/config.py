@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from deepdisc_ops.errors import ConfigError
 
@@ -28,14 +28,57 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+def _ascending(limits: tuple[float, float]) -> tuple[float, float]:
+    if limits[0] > limits[1]:
+        raise ValueError(f"range {limits} runs from the larger to the smaller value")
+    return limits
+
+
+Range = Annotated[tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)]], AfterValidator(_ascending)]
+
+
+class AugmentSettings(Settings):
+    """How training crops are varied; validation sees images as they are. All but the symmetries are off by default."""
+
+    symmetries: Literal["none", "flips", "all"] = Field("all", description="all: flips, rotations by 90 degrees and transposes")
+    blur_px: Range = Field((0.0, 0.0), description="range of the sigma of a Gaussian that blurs the crop, all bands alike")
+    noise_factor: Range = Field(
+        (1.0, 1.0), description="range of the noise in units of that of the image; 10 years look like 1 at sqrt(10)"
+    )
+    band_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="chance that a band is zero, as one without coverage is; one band always stays"
+    )
+
+    @model_validator(mode="after")
+    def _noisier(self) -> AugmentSettings:
+        if self.noise_factor[0] < 1:
+            raise ValueError(f"noise_factor {self.noise_factor} is below 1; noise can be added but not taken away")
+        return self
+
+
 class DataSettings(Settings):
     """Where the training set lies and how it is cut for the network."""
 
     path: Path = Path("scenes")
     fraction: Fraction = Field(1.0, description="share of the training split that is used; smaller shares are nested")
+    partition: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="number of the stored random partition into training and validation; none: the stored split"
+    )
     crop: PositiveInt = Field(128, description="side of the square training crops")
     min_box: PositiveFloat = Field(11.0, description="boxes are widened to this size about the object's centre")
-    cache_gb: Annotated[float, Field(ge=0)] = Field(6.0, description="memory for decoded images; 0 reads crops from disk")
+    balance: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.0,
+        description="0: every image once an epoch; 1: redshift labels flat in z, crops drawn around objects and labels of crowded "
+        "redshifts left out; between: density of labels to the power 1 - balance",
+    )
+    default_ebv: Annotated[float, Field(ge=0, lt=10)] = Field(
+        0.03, description="E(B-V) mag where the data set has none: typical of extragalactic fields"
+    )
+    augment: AugmentSettings = AugmentSettings()
+    workers: Annotated[int, Field(ge=0)] = Field(0, description="processes that prepare crops; 0: the training process does")
+    cache_gb: Annotated[float, Field(ge=0)] = Field(
+        6.0, description="room in the temporary folder for decoded images, shared by all workers; 0 reads every crop from its files"
+    )
 
 
 class BackboneSettings(Settings):
@@ -70,12 +113,22 @@ class RedshiftHeadSettings(Settings):
 
 
 class InputSettings(Settings):
-    """From nanojansky to what the network sees: ``arcsinh(flux / (softening * noise)) `` per band."""
+    """From nanojansky to what the network sees, per band.
 
-    scaling: Literal["arcsinh", "linear"] = "arcsinh"
+    arcsinh: arcsinh(flux / (softening * noise)); linear: flux / (softening * noise); snr: flux / noise;
+    zscore: (flux - mean) / std over the training pixels (JADES).
+    """
+
+    scaling: Literal["arcsinh", "linear", "snr", "zscore"] = "arcsinh"
     softening: PositiveFloat = 3.0
     noise_njy: tuple[PositiveFloat, ...] | None = Field(
         None, description="noise per pixel and band, nJy; measured on the training set when not given"
+    )
+    mean_njy: tuple[float, ...] | None = Field(
+        None, description="mean per band, nJy, for zscore; measured on the training set when not given"
+    )
+    std_njy: tuple[PositiveFloat, ...] | None = Field(
+        None, description="standard deviation per band, nJy, for zscore; measured on the training set when not given"
     )
 
 
@@ -99,9 +152,10 @@ class ModelSettings(Settings):
             raise ValueError(f"bands {self.bands} name a band twice")
         if len(self.classes) > 1 and sorted(self.classes) != ["galaxy", "star"]:
             raise ValueError(f"classes {self.classes} are not known; give one class, or galaxy and star")
-        noise = self.input.noise_njy
-        if noise is not None and len(noise) != len(self.bands):
-            raise ValueError(f"input.noise_njy has {len(noise)} values for {len(self.bands)} bands {self.bands}")
+        for name in ("noise_njy", "mean_njy", "std_njy"):
+            values = getattr(self.input, name)
+            if values is not None and len(values) != len(self.bands):
+                raise ValueError(f"input.{name} has {len(values)} values for {len(self.bands)} bands {self.bands}")
         if len(self.anchor_sizes) != self.backbone.levels:
             raise ValueError(f"anchor_sizes has {len(self.anchor_sizes)} values for {self.backbone.levels} pyramid levels")
         return self
@@ -149,6 +203,28 @@ class TrainingConfig(Settings):
     model: ModelSettings = ModelSettings()
     train: TrainSettings = TrainSettings()
     inference: InferenceSettings = InferenceSettings()
+
+
+class SkySettings(Settings):
+    """What the simulator draws; the same settings and seed give the same sky, whatever ``years``."""
+
+    survey: str = "lsst"
+    years: PositiveFloat = Field(5.0, description="depth of the coadds in years of observation, where the survey's depends on it")
+    density: Annotated[float, Field(ge=0)] = Field(1.0, description="number of galaxies and stars relative to the real sky")
+    colours: Literal["templates", "dc2"] = Field("templates", description="from templates, or painted from cosmoDC2 photometry")
+    dc2_part: Literal["all", "train", "test"] = Field("all", description="which galaxies of cosmoDC2 lend their colours")
+    clustering: Annotated[float, Field(ge=0, le=1)] = Field(0.25, description="share of the galaxies that live in groups")
+    knots: bool = Field(True, description="star-forming knots in late-type galaxies")
+    source_noise: bool = Field(True, description="Poisson noise of the sources on top of the sky's")
+    noise_correlation: Annotated[float, Field(ge=0, lt=0.5)] | None = Field(
+        None, description="correlation of the noise of neighbouring pixels; the survey's when not given"
+    )
+    ebv: Annotated[float, Field(ge=0, lt=3)] | None = Field(None, description="E(B-V) mag; drawn scene by scene when not given")
+    ebv_variation: Annotated[float, Field(ge=0)] = Field(0.1, description="relative change of E(B-V) from edge to edge")
+    psf_variation: Annotated[float, Field(ge=0, lt=0.5)] = Field(0.02, description="relative change of the PSF from edge to edge")
+    artifacts: tuple[Literal["saturation", "spikes", "trail", "missing_band"], ...] = Field(
+        (), description="blemishes of real images; what they cover is flagged in the mask"
+    )
 
 
 S = TypeVar("S", bound=BaseModel)

@@ -30,11 +30,11 @@ def spaced(tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def mini_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six simulated LSST scenes of 128 px: four to train, two to validate."""
+    from deepdisc_ops.config import SkySettings
     from deepdisc_ops.data.simulate import simulate_dataset
-    from deepdisc_ops.data.surveys import survey
 
     folder = tmp_path_factory.mktemp("mini dataset")
-    simulate_dataset(survey("lsst"), folder, counts={"train": 4, "validation": 2}, size=128, seed=11)
+    simulate_dataset(SkySettings(), folder, counts={"train": 4, "validation": 2}, size=128, seed=11)
     return folder
 
 

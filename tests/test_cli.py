@@ -18,11 +18,11 @@ from deepdisc_ops import cli
 
 @pytest.fixture(scope="module")
 def mosaic(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from deepdisc_ops.config import SkySettings
     from deepdisc_ops.data.simulate import simulate_scene, write_scene
-    from deepdisc_ops.data.surveys import survey
 
     path = tmp_path_factory.mktemp("sky") / "mosaic.fits"
-    write_scene(simulate_scene(survey("lsst"), size=160, seed=8), path)
+    write_scene(simulate_scene(SkySettings(), size=160, seed=8), path)
     return path
 
 
@@ -177,6 +177,8 @@ def test_an_endpoint_that_is_down(
         (("train", "--set", "train.stepz=3"), "unknown key 'train.stepz', did you mean 'train.steps'?"),
         (("train", "--set", "data.path=absent"), "absent"),
         (("simulate", "--survey", "lssst", "--out", "x"), "did you mean 'lsst'?"),
+        (("simulate", "--set", "clusterin=0.4", "--out", "x"), "unknown key 'clusterin', did you mean 'clustering'?"),
+        (("simulate", "--artifact", "trial", "--out", "x"), "artifacts.0: Input should be 'saturation', 'spikes', 'trail'"),
         (("predict", "m.fits", "--out", "c.fits"), "give either --model or --server"),
         (("predict", "m.fits", "--out", "c.csv", "--model", "m"), "expected one of .parquet, .fits"),
         (("archive", "build", "--out", "x.mar"), "name either checkpoint folders or --members"),
@@ -193,6 +195,20 @@ def test_wrong_words(
     assert message in errors
     assert errors.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sky_of_ones_own(spaced: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from deepdisc_ops.data.store import open_dataset
+
+    out = spaced / "scenes"
+    sky = ("--survey", "roman", "--colours", "templates", "--artifact", "trail", "--artifact", "spikes", "--set", "clustering=0.4")
+    words = ("simulate", "--out", out, *sky, "--train", 2, "--validation", 0, "--size", 40, "--packed", "--processes", 1)
+    assert run(*words, capsys=capsys, monkeypatch=monkeypatch) == (0, "")
+    dataset = open_dataset(out)
+    assert dataset.info.bands == ("f106", "f129", "f158", "f184")
+    assert len(dataset.records("train")) == 2
+    found = dataset.settings["sky"]
+    assert (found["clustering"], found["artifacts"], found["years"]) == (0.4, ["trail", "spikes"], 5.0)
 
 
 def test_a_sweep_with_a_bad_range(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

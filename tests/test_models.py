@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from scipy.optimize import linear_sum_assignment
 
+from deepdisc_ops.config import SkySettings
 from deepdisc_ops.data.simulate import simulate_scene, write_scene
-from deepdisc_ops.data.surveys import survey
 from deepdisc_ops.inference.ensemble import Ensemble
 from deepdisc_ops.inference.mosaic import predict_mosaic
 from deepdisc_ops.report import evaluate_files
@@ -30,7 +30,7 @@ def catalogue(model: str, image: Path, out: Path, **options: object) -> None:
 
 
 def test_lsst_ensemble_on_a_sky_it_has_not_seen(spaced: Path) -> None:
-    write_scene(simulate_scene(survey("lsst"), size=1024, seed=4242), spaced / "sky.fits")
+    write_scene(simulate_scene(SkySettings(), size=1024, seed=4242), spaced / "sky.fits")
     catalogue("lsst-small", spaced / "sky.fits", spaced / "catalog.parquet")
     result = evaluate_files(spaced / "catalog.parquet", spaced / "sky.fits", spaced / "evaluation")
     assert result.completeness.value >= 0.90

@@ -1,6 +1,7 @@
 """What the simulator must know of a survey: bands, pixels, seeing and depth.
 
-Filter curves come from the data that ship with pz-rail-base. Flux is in nanojansky (AB zero point 31.4).
+Filter curves come from the data that ship with pz-rail-base and, for JWST, with astro-sedpy. Flux is in nanojansky
+(AB zero point 31.4).
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from importlib.resources.abc import Traversable
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from sedpy import observate
 
 from deepdisc_ops.errors import ConfigError, SetupError
 
@@ -31,7 +34,10 @@ class Survey:
     background: scatter of what sky subtraction leaves, in units of the noise per pixel;
     noise_correlation: of neighbouring pixels, as coadding onto a new grid leaves it.
     filter_files: names of the curves of pz-rail-base, wavelength in Angstrom and transmission.
-    stars_per_arcmin2: number density of stars.
+    stars_per_arcmin2: number density of stars. psf_profile: the shape of the PSF (Airy pattern above the atmosphere).
+    sky_brightness: AB mag per square arcsec; with the noise it tells the electrons per nanojansky. saturation: AB magnitude
+    of a star whose central pixel saturates. faint_limit: gold band AB magnitude down to which galaxies are drawn;
+    counts_slope: of the logarithm of their number with magnitude beyond 25; max_redshift: the highest drawn.
     """
 
     name: str
@@ -43,7 +49,13 @@ class Survey:
     reference_years: float | None
     gold_band: str
     filter_files: tuple[str, ...]
+    sky_brightness: tuple[float, ...]
+    saturation: tuple[float, ...]
     stars_per_arcmin2: float
+    psf_profile: Literal["kolmogorov", "airy"] = "kolmogorov"
+    faint_limit: float = 27.6
+    counts_slope: float = 0.31
+    max_redshift: float = 3.0
     shallow_depth: tuple[float, ...] | None = None
     depth_scatter: float = 0.0
     psf_scatter: float = 0.0
@@ -69,7 +81,11 @@ class Conditions:
     psf_fwhm: NDArray[np.float64]
 
 
+NIRCAM_BANDS = ("f090w", "f115w", "f150w", "f200w", "f277w", "f335m", "f356w", "f410m", "f444w")
+"""The nine bands of the JADES photometric redshifts, in the lower case in which images are read."""
+
 SURVEYS = {
+    # Dark sky of Ivezic et al. (2019), Table 2; saturation in one visit of two 15-second exposures (Science Book, chapter 3).
     "lsst": Survey(
         name="lsst",
         bands=("u", "g", "r", "i", "z", "y"),
@@ -80,10 +96,13 @@ SURVEYS = {
         reference_years=10.0,
         gold_band="i",
         filter_files=tuple(f"DC2LSST_{band}.res" for band in "ugrizy"),
+        sky_brightness=(22.99, 22.26, 21.20, 20.48, 19.60, 18.61),
+        saturation=(14.7, 15.7, 15.8, 15.8, 15.3, 13.9),
         stars_per_arcmin2=6.0,
     ),
     # Deep end, PSF and correlation measured on a COSMOS UltraDeep coadd (variance plane, PSF models); the shallow end
     # is that of a COSMOS cutout with five times the noise in g and r. Scenes fill the range, so that a network holds for either.
+    # Sky and saturation are typical of dark nights on Mauna Kea and of exposures of some minutes, to about 0.3 mag.
     "hsc": Survey(
         name="hsc",
         bands=("g", "r", "i", "z", "y"),
@@ -94,12 +113,59 @@ SURVEYS = {
         reference_years=None,
         gold_band="i",
         filter_files=tuple(f"hsc_{band}.res" for band in "grizy"),
+        sky_brightness=(22.1, 21.2, 20.2, 19.3, 18.2),
+        saturation=(17.8, 18.2, 18.4, 17.5, 17.3),
         stars_per_arcmin2=4.0,
         shallow_depth=(25.9, 26.2, 26.4, 26.4, 25.6),
         depth_scatter=0.3,
         psf_scatter=0.1,
         background=0.2,
         noise_correlation=0.2,
+        faint_limit=28.4,
+        counts_slope=0.25,
+    ),
+    # JADES Deep: 5-sigma depths of points of about 29.5-30 AB (Eisenstein et al. 2023; Rieke et al. 2023), 0.3-0.5 mag less in the
+    # medium bands; FWHM of NIRCam's PSF in flight; sky: zodiacal light, and the telescope's own beyond 4 micron; saturation of
+    # the first groups of a deep readout, to about 0.5 mag. Images in nanojansky.
+    "jades": Survey(
+        name="jades",
+        bands=NIRCAM_BANDS,
+        pixel_scale=0.03,
+        zero_point=31.4,
+        psf_fwhm=(0.033, 0.040, 0.050, 0.066, 0.092, 0.111, 0.116, 0.137, 0.145),
+        five_sigma_depth=(29.6, 29.9, 29.9, 29.9, 30.1, 29.5, 30.0, 29.5, 29.7),
+        reference_years=None,
+        gold_band="f444w",
+        filter_files=tuple(
+            f"jwst_{band}" for band in ("f090w", "f115w", "f150w", "f200w", "f277w", "f335m", "f356w", "f410m", "f444w")
+        ),
+        sky_brightness=(22.3, 22.5, 22.7, 22.8, 23.1, 23.0, 22.9, 22.5, 22.0),
+        saturation=(18.0, 18.0, 18.0, 18.0, 17.5, 17.0, 17.5, 17.0, 17.5),
+        stars_per_arcmin2=2.0,
+        psf_profile="airy",
+        faint_limit=31.2,
+        counts_slope=0.2,
+        max_redshift=12.0,
+    ),
+    # The High Latitude Wide Area Survey's 5-sigma depths of points, diffraction-limited FWHM (with the detector's blur), zodiacal
+    # light, saturation of one exposure to about 0.5 mag.
+    "roman": Survey(
+        name="roman",
+        bands=("f106", "f129", "f158", "f184"),
+        pixel_scale=0.11,
+        zero_point=31.4,
+        psf_fwhm=(0.098, 0.113, 0.137, 0.160),
+        five_sigma_depth=(26.9, 26.95, 26.9, 26.25),
+        reference_years=None,
+        gold_band="f158",
+        filter_files=("roman_Y106.res", "roman_J129.res", "roman_H158.res", "roman_F184.res"),
+        sky_brightness=(22.5, 22.6, 22.7, 22.6),
+        saturation=(16.0, 16.0, 16.0, 15.5),
+        stars_per_arcmin2=4.0,
+        psf_profile="airy",
+        faint_limit=28.2,
+        counts_slope=0.2,
+        max_redshift=8.0,
     ),
 }
 
@@ -157,20 +223,20 @@ def noise(survey: Survey, years: float = 5.0) -> NDArray[np.float64]:
     return pixel_noise(survey, typical_conditions(survey, years))
 
 
-def rail_data() -> Traversable:
-    """Folder of the templates and filter curves inside pz-rail-base."""
+def example_data(*path: str) -> Traversable:
+    """A file of the example data that pz-rail-base ships: templates, filter curves, photometry."""
     try:
-        folder = files("rail") / "examples_data" / "estimation_data" / "data"
+        file = (files("rail") / "examples_data").joinpath(*path)
     except ModuleNotFoundError:
-        folder = None
-    if folder is None or not (folder / "FILTER").is_dir():
-        raise SetupError("the example data of pz-rail-base, filters and templates, are missing: pip install pz-rail-base")
-    return folder
+        file = None
+    if file is None or not file.is_file():
+        raise SetupError(f"{'/'.join(path)} is missing, an example data file of pz-rail-base: pip install pz-rail-base")
+    return file
 
 
 def read_curve(*path: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Wavelength (Angstrom, ascending, above 0) and value (0 or more) from a two-column text file of pz-rail-base."""
-    with rail_data().joinpath(*path).open() as lines:
+    with example_data("estimation_data", "data", *path).open() as lines:
         columns = np.loadtxt(lines, usecols=(0, 1), comments="#")
     columns = columns[columns[:, 0] > 0]
     return columns[:, 0], np.maximum(columns[:, 1], 0.0)
@@ -197,8 +263,14 @@ def filters(survey: Survey) -> tuple[Filter, ...]:
 
 
 def _filter(name: str) -> Filter:
-    wavelength, transmission = read_curve("FILTER", name)
+    wavelength, transmission = read_curve("FILTER", name) if name.endswith(".res") else _read_sedpy(name)
     inside = wavelength[transmission > 0.01 * transmission.max()]
     grid = np.linspace(inside[0], inside[-1], 120)
     response = np.interp(grid, wavelength, transmission)
     return Filter(grid, response / np.trapezoid(response, np.log(grid)))
+
+
+def _read_sedpy(name: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Wavelength (Angstrom, ascending) and transmission of a filter that astro-sedpy ships."""
+    curve = observate.Filter(name)
+    return np.asarray(curve.wavelength, np.float64), np.maximum(np.asarray(curve.transmission, np.float64), 0.0)

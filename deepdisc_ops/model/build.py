@@ -16,7 +16,7 @@ from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
-from deepdisc_ops.config import InferenceSettings, ModelSettings
+from deepdisc_ops.config import InferenceSettings, InputSettings, ModelSettings
 from deepdisc_ops.errors import ConfigError
 from deepdisc_ops.model.backbones import build_backbone
 from deepdisc_ops.model.heads import RedshiftHead, build_box_heads, build_proposals
@@ -28,12 +28,11 @@ Features = dict[str, Tensor]
 class DeepDisc(nn.Module):
     """Backbone, proposals, box heads, optional masks and the redshift head."""
 
+    offset: Tensor
     scale: Tensor
 
     def __init__(self, model: ModelSettings, inference: InferenceSettings) -> None:
         super().__init__()
-        if model.input.noise_njy is None:
-            raise ConfigError("model.input.noise_njy is not set; give the noise per pixel of every band in nJy")
         self.backbone = build_backbone(len(model.bands), model.backbone)
         shapes = self.backbone.output_shape()
         self.proposals = build_proposals(shapes, model)
@@ -42,9 +41,9 @@ class DeepDisc(nn.Module):
         self.max_redshift_boxes = model.redshift_head.max_boxes
         self.proposals_per_megapixel = inference.proposals_per_megapixel
         self.scaling = model.input.scaling
-        self.register_buffer(
-            "scale", model.input.softening * torch.tensor(model.input.noise_njy).view(1, -1, 1, 1), persistent=False
-        )
+        offset, scale = input_scaling(model.input, len(model.bands))
+        self.register_buffer("offset", offset.view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("scale", scale.view(1, -1, 1, 1), persistent=False)
 
     @property
     def stride(self) -> int:
@@ -53,7 +52,7 @@ class DeepDisc(nn.Module):
 
     def features(self, images: Tensor) -> Features:
         """Pyramid of images (B, C, H, W) in nJy."""
-        scaled = images / self.scale
+        scaled = (images - self.offset) / self.scale
         return self.backbone(torch.arcsinh(scaled) if self.scaling == "arcsinh" else scaled)
 
     def losses(self, images: Tensor, targets: Sequence[Instances]) -> dict[str, Tensor]:
@@ -111,3 +110,15 @@ class DeepDisc(nn.Module):
         predictors = self.box_heads.box_predictor
         for predictor in predictors if isinstance(predictors, nn.ModuleList) else [predictors]:
             predictor.test_topk_per_image = max(50, cap // 2)
+
+
+def input_scaling(settings: InputSettings, bands: int) -> tuple[Tensor, Tensor]:
+    """Offset and scale (C,) in nJy: the network sees (flux - offset) / scale, or arcsinh of it."""
+    needed = ("mean_njy", "std_njy") if settings.scaling == "zscore" else ("noise_njy",)
+    missing = [f"model.input.{name}" for name in needed if getattr(settings, name) is None]
+    if missing:
+        raise ConfigError(f"{' and '.join(missing)} not set; give one value in nJy for every band")
+    if settings.scaling == "zscore":
+        return torch.tensor(settings.mean_njy), torch.tensor(settings.std_njy)
+    softening = 1.0 if settings.scaling == "snr" else settings.softening
+    return torch.zeros(bands), softening * torch.tensor(settings.noise_njy)

@@ -170,7 +170,7 @@ def _trial_id(ray_trial: Any) -> str:
 
 def _default_train(spec: SweepSpec) -> trial.Train:
     """The real training loop, once every dataset that the sweep names could be opened."""
-    from deepdisc_ops.data.records import open_dataset
+    from deepdisc_ops.data.store import open_dataset
     from deepdisc_ops.training.loop import train
 
     axis = spec.space.get("data.path")

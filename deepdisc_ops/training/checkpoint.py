@@ -50,7 +50,7 @@ def save_state(folder: Path, state: TrainingState, config: TrainingConfig, **par
 def load_state(folder: Path, config: TrainingConfig, **parts: Any) -> TrainingState:
     """Restore ``parts`` and the generators from ``folder``/state.pt; a fresh state where there is none.
 
-    A run goes on only under the config it was started with (device, threads and cache may differ).
+    A run goes on only under the config it was started with (device, threads, workers and cache may differ).
     """
     tree = _read(folder / STATE, *parts)
     if tree is None:
@@ -91,5 +91,5 @@ def _read(path: Path, *parts: str) -> dict[str, Any] | None:
 
 def _identity(config: TrainingConfig) -> dict[str, str]:
     """The settings that decide what a run computes, by dotted key."""
-    free = {"train.device", "train.threads", "data.cache_gb", "data.path"}
+    free = {"train.device", "train.threads", "data.cache_gb", "data.workers", "data.path"}
     return {key: value for key, value in flatten(config.model_dump(mode="json")).items() if key not in free}

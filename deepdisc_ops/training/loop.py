@@ -16,15 +16,15 @@ import torch
 from detectron2.structures import Instances
 from torch import Tensor, nn
 
-from deepdisc_ops.config import DataSettings, TrainingConfig, TrainSettings
-from deepdisc_ops.data.loader import CropLoader, label, measure_noise
-from deepdisc_ops.data.records import Dataset, Record, open_dataset, subset
+from deepdisc_ops.config import DataSettings, InputSettings, ModelSettings, TrainingConfig, TrainSettings
+from deepdisc_ops.data.loader import CropDataset, measure_pixels, open_batches, training_redshifts
+from deepdisc_ops.data.store import Dataset, Records, open_dataset
 from deepdisc_ops.errors import ConfigError, TrainingError
 from deepdisc_ops.model.build import DeepDisc
 from deepdisc_ops.model.weights import recover, save_member
 from deepdisc_ops.photoz.figures import loss_curves, write_figure
 from deepdisc_ops.training.checkpoint import load_state, save_state
-from deepdisc_ops.training.targets import stack, to_instances
+from deepdisc_ops.training.targets import to_instances
 from deepdisc_ops.training.validation import validate
 
 Report = Callable[[int, Mapping[str, float]], None]
@@ -38,8 +38,8 @@ def train(config: TrainingConfig, out: Path, *, report: Report | None = None) ->
     draws ``loss.png``, then calls ``report``; what ``report`` raises ends the run with all of that on disk.
     """
     dataset = open_dataset(config.data.path)
-    records = subset(dataset.records("train"), config.data.fraction, dataset.info.seed)
-    held_out = dataset.records("validation")
+    records = dataset.records("train", fraction=config.data.fraction, partition=config.data.partition)
+    held_out = dataset.records("validation", partition=config.data.partition)
     config = complete(config, dataset, records)
     device, settings = torch.device(config.train.device), config.train
     if settings.threads:
@@ -51,7 +51,7 @@ def train(config: TrainingConfig, out: Path, *, report: Report | None = None) ->
     network.to(device).to(memory_format=torch.channels_last).train()
     optimizer = build_optimizer(network, settings)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, settings))
-    loader = CropLoader(records, dataset.info, config.data, config.model, config.seed)
+    crops = CropDataset(records, dataset.info, config.data, config.model, config.seed)
 
     parts = {"network": network, "optimizer": optimizer, "schedule": schedule}
     recover(out / "best")
@@ -59,10 +59,13 @@ def train(config: TrainingConfig, out: Path, *, report: Report | None = None) ->
     if not (out / "best").exists():
         state.best = math.inf
     started, seen, losses_seen = time.monotonic(), 0, []
-    for step in range(state.step, settings.steps):
-        samples = loader.batch(step, settings.batch_size)
-        pixels = stack(samples, device).contiguous(memory_format=torch.channels_last)
-        losses = finite_losses(network, pixels, [to_instances(sample, device) for sample in samples], step)
+    batches = open_batches(
+        crops, first_step=state.step, steps=settings.steps, batch_size=settings.batch_size, workers=config.data.workers
+    )
+    for step, (crop_pixels, truths) in enumerate(batches, start=state.step):
+        pixels = crop_pixels.to(device, non_blocking=True).contiguous(memory_format=torch.channels_last)
+        targets = [to_instances(truth, pixels) for truth in truths]
+        losses = finite_losses(network, pixels, targets, step)
         total = torch.stack(list(losses.values())).sum()
         optimizer.zero_grad(set_to_none=True)
         total.backward()
@@ -70,7 +73,7 @@ def train(config: TrainingConfig, out: Path, *, report: Report | None = None) ->
         optimizer.step()
         schedule.step()
         losses_seen.append(total.detach())
-        seen += len(samples)
+        seen += len(truths)
 
         done = step + 1
         if done % settings.validate_every == 0 or done == settings.steps:
@@ -107,8 +110,8 @@ def finite_losses(network: DeepDisc, pixels: Tensor, targets: Sequence[Instances
     return losses
 
 
-def complete(config: TrainingConfig, dataset: Dataset, records: Sequence[Record]) -> TrainingConfig:
-    """Fill in what the data set decides: pixel scale and noise per band; check the bands against it."""
+def complete(config: TrainingConfig, dataset: Dataset, records: Records) -> TrainingConfig:
+    """Fill in what the data set decides: pixel scale, noise and scaling of every band; check the bands against it."""
     model, info = config.model, dataset.info
     missing = [band for band in model.bands if band not in info.bands]
     if missing:
@@ -119,18 +122,24 @@ def complete(config: TrainingConfig, dataset: Dataset, records: Sequence[Record]
         raise ConfigError(
             f"model.pixel_scale is {model.pixel_scale} arcsec, that of {dataset.path} {info.pixel_scale}; leave it out"
         )
-    noise = model.input.noise_njy or measure_noise(records, model.bands)
-    scaled = model.model_copy(
-        update={"pixel_scale": info.pixel_scale, "input": model.input.model_copy(update={"noise_njy": noise})}
-    )
+    scaled = model.model_copy(update={"pixel_scale": info.pixel_scale, "input": measured_input(model, records)})
     data = DataSettings(**(config.data.model_dump() | {"path": dataset.path}))
     return config.model_copy(update={"model": scaled, "data": data})
 
 
-def start_at_redshifts(network: DeepDisc, config: TrainingConfig, records: Sequence[Record], dataset: Dataset) -> None:
+def measured_input(model: ModelSettings, records: Records) -> InputSettings:
+    """The scaling of the pixels with what the settings leave to the training images."""
+    needed = ("noise_njy", "mean_njy", "std_njy") if model.input.scaling == "zscore" else ("noise_njy",)
+    missing = [name for name in needed if getattr(model.input, name) is None]
+    if not missing:
+        return model.input
+    measured = measure_pixels(records, model.bands)
+    return model.input.model_copy(update={name: getattr(measured, name) for name in missing})
+
+
+def start_at_redshifts(network: DeepDisc, config: TrainingConfig, records: Records, dataset: Dataset) -> None:
     """Start the mixture's means at quantiles of the training n(z)."""
-    labels = [label(record.objects, dataset.info, config.model, config.data.min_box).redshift for record in records]
-    z = np.concatenate(labels)
+    z, _ = training_redshifts(records, config.model)
     z = z[np.isfinite(z)]
     if len(z) == 0:
         head = config.model.redshift_head

@@ -10,19 +10,20 @@ import torch
 from torch import nn
 
 from deepdisc_ops.config import TrainingConfig
-from deepdisc_ops.data.loader import cut, label
+from deepdisc_ops.data.loader import Labels, label, objects_inside, truth_in
+from deepdisc_ops.data.pixels import read_pixels
 from deepdisc_ops.data.records import DatasetInfo, Record
 from deepdisc_ops.inference.engine import Member
 from deepdisc_ops.model.build import DeepDisc
 from deepdisc_ops.photoz import metrics
 from deepdisc_ops.photoz.mixture import GaussianMixture
-from deepdisc_ops.sky.coordinates import icrs_positions
 from deepdisc_ops.sky.detections import Detections
 from deepdisc_ops.sky.dust import EbvPlane
-from deepdisc_ops.sky.images import SkyImage, open_mosaic
+from deepdisc_ops.sky.frames import Frame
+from deepdisc_ops.sky.images import SkyImage
 from deepdisc_ops.sky.matching import match_on_sky
 from deepdisc_ops.sky.tiling import Window
-from deepdisc_ops.training.targets import stack, to_instances
+from deepdisc_ops.training.targets import to_instances
 
 MATCH_RADIUS_ARCSEC = 0.5
 
@@ -39,14 +40,12 @@ def validate(network: DeepDisc, config: TrainingConfig, records: Sequence[Record
     gold = 0
     member = Member(network, config, config.train.device)
     for record in records:
-        with open_mosaic(record.image, config.model.bands) as mosaic:
-            image = mosaic.read()
-        losses.append(_losses(network, config, record, info, image))
+        image = read_pixels(record, config.model.bands, with_wcs=False)
+        truth = label(record.objects, info, config.model, config.data)
+        losses.append(_losses(network, config, record, truth, image))
         network.eval()
-        ebv = float(np.median(record.objects.ebv)) if len(record.objects.ebv) else 0.0
-        plane = EbvPlane.constant(ebv)
+        plane = EbvPlane.constant(float(np.median(truth.ebv)) if len(truth.ebv) else config.data.default_ebv)
         found = member.predict(image.data, partial(plane.at, width=record.width, height=record.height))
-        truth = label(record.objects, info, config.model, config.data.min_box)
         is_gold = np.isfinite(truth.redshift)
         gold += int(is_gold.sum())
         there, here = _match(image, found, record)
@@ -59,29 +58,28 @@ def validate(network: DeepDisc, config: TrainingConfig, records: Sequence[Record
     return result | _redshift_metrics(Detections.concatenate(matched), np.concatenate(redshifts), gold)
 
 
-def _losses(network: DeepDisc, config: TrainingConfig, record: Record, info: DatasetInfo, image: SkyImage) -> dict[str, float]:
+def _losses(network: DeepDisc, config: TrainingConfig, record: Record, labels: Labels, image: SkyImage) -> dict[str, float]:
     """Training losses of one whole image, batch statistics and generators untouched."""
     network.train()
     for module in network.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.eval()
-    truth = label(record.objects, info, config.model, config.data.min_box)
     side = network.stride
-    window = Window(0, 0, record.width // side * side, record.height // side * side)
-    pixels = image.data[:, : window.y1, : window.x1]
-    sample = cut(pixels, truth, window, record.objects if config.model.mask_head else None)
+    frame = Frame.of(Window(0, 0, record.width // side * side, record.height // side * side))
+    truth = truth_in(labels, frame, objects_inside(labels, frame), record.objects if config.model.mask_head else None)
     device = torch.device(config.train.device)
+    pixels = torch.from_numpy(np.ascontiguousarray(frame.cut(image.data))).to(device)
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(0)
-        losses = network.losses(stack([sample], device), [to_instances(sample, device)])
+        losses = network.losses(pixels[None], [to_instances(truth, pixels)])
     return {name: float(value) for name, value in losses.items()}
 
 
 def _match(image: SkyImage, found: Detections, record: Record) -> tuple[np.ndarray, np.ndarray]:
-    if image.wcs is None:  # open_mosaic refuses images without a WCS
-        raise AssertionError
-    ra, dec = icrs_positions(image.wcs, *found.centres.T)
-    matches = match_on_sky(record.objects.ra, record.objects.dec, ra, dec, MATCH_RADIUS_ARCSEC)
+    """True and found objects within `MATCH_RADIUS_ARCSEC`; on an image's own plane, as not every image knows its sky."""
+    degrees = image.pixel_scale / 3600
+    x, y = (degrees * axis for axis in found.centres.T)
+    matches = match_on_sky(degrees * record.objects.x, degrees * record.objects.y, x, y, MATCH_RADIUS_ARCSEC)
     return matches.index1, matches.index2
 
 

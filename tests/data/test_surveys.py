@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from deepdisc_ops.data import surveys
-from deepdisc_ops.errors import ConfigError
+from deepdisc_ops.errors import ConfigError, SetupError
 
 
 @pytest.fixture(params=sorted(surveys.SURVEYS))
@@ -14,6 +14,7 @@ def survey(request: pytest.FixtureRequest) -> surveys.Survey:
 
 def test_every_column_has_a_value_per_band(survey: surveys.Survey) -> None:
     columns = (survey.psf_fwhm, survey.five_sigma_depth, survey.filter_files, survey.shallow_depth or survey.bands)
+    columns += (survey.sky_brightness, survey.saturation)
     assert {len(column) for column in columns} == {len(survey.bands)}
     assert survey.gold_band in survey.bands
 
@@ -61,4 +62,34 @@ def test_filters_are_normalised_and_in_order_of_wavelength(survey: surveys.Surve
         assert np.trapezoid(band.response, np.log(band.wavelength)) == pytest.approx(1.0)
     effective = [band.effective_wavelength for band in bands]
     assert effective == sorted(effective)
-    assert 3000 < effective[0] < effective[-1] < 11000
+    assert 3000 < effective[0] < effective[-1] < 50000
+    assert all(0 < np.ptp(band.wavelength) < 0.6 * band.effective_wavelength for band in bands)
+
+
+def test_nircam_bands_lie_where_their_names_say() -> None:
+    jades = surveys.survey("jades")
+    for name, band in zip(jades.bands, surveys.filters(jades), strict=True):
+        assert band.effective_wavelength == pytest.approx(float(name[1:4]) * 100, rel=0.03)
+
+
+@pytest.mark.parametrize("name", ["jades", "roman"])
+def test_above_the_atmosphere_the_psf_is_near_the_diffraction_limit(name: str) -> None:
+    survey, diameter = surveys.survey(name), {"jades": 6.5, "roman": 2.4}[name]
+    assert survey.psf_profile == "airy"
+    wavelength = np.array([band.effective_wavelength for band in surveys.filters(survey)]) * 1e-10
+    limit = np.degrees(1.03 * wavelength / diameter) * 3600
+    ratio = np.array(survey.psf_fwhm) / limit
+    assert ((ratio > 0.9) & (ratio < 1.3)).all()
+
+
+def test_the_sky_gives_some_electrons_per_nanojansky(survey: surveys.Survey) -> None:
+    """Sky per pixel over noise squared: a long exposure on a large mirror collects 0.1 to 10^4 electrons per nanojansky."""
+    sky = surveys.to_njy(np.array(survey.sky_brightness)) * survey.pixel_scale**2
+    gain = sky / surveys.noise(survey) ** 2
+    assert ((gain > 0.1) & (gain < 1e4)).all()
+    assert (np.array(survey.saturation) < np.array(survey.five_sigma_depth) - 7).all()
+
+
+def test_missing_example_data_name_the_package() -> None:
+    with pytest.raises(SetupError, match="no/such_file is missing.*pz-rail-base"):
+        surveys.example_data("no", "such_file")

@@ -9,21 +9,22 @@ from astropy.table import Table
 from astropy.wcs import WCS
 from numpy.typing import NDArray
 
+from deepdisc_ops.config import SkySettings
 from deepdisc_ops.data.simulate import simulate_scene, write_scene
-from deepdisc_ops.data.surveys import survey
 from deepdisc_ops.errors import ImageError
 from deepdisc_ops.inference.ensemble import Ensemble
 from deepdisc_ops.inference.mosaic import Predictor, predict_mosaic
 from deepdisc_ops.sky.detections import Detections, Flag
 from deepdisc_ops.sky.dust import EbvPlane, ebv_source
-from deepdisc_ops.sky.images import Mosaic, SkyImage, _Plane, open_mosaic
+from deepdisc_ops.sky.images import Mosaic, SkyImage, open_mosaic
 from deepdisc_ops.sky.matching import pairwise_iou_candidates
+from deepdisc_ops.sky.planes import MemoryPixels, Plane
 
 
 @pytest.fixture(scope="module")
 def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("scene") / "mosaic.fits"
-    write_scene(simulate_scene(survey("lsst"), size=(300, 200), seed=4), path)
+    write_scene(simulate_scene(SkySettings(), size=(300, 200), seed=4), path)
     return path
 
 
@@ -77,8 +78,8 @@ def test_objects_larger_than_the_overlap_are_whole_and_single() -> None:
     wcs = WCS(naxis=2)
     wcs.wcs.ctype, wcs.wcs.crval, wcs.wcs.crpix = ["RA---TAN", "DEC--TAN"], [10.0, 20.0], ORIGIN
     wcs.wcs.cdelt = [-5e-5, 5e-5]
-    plane = _Plane("g", Path("memory"), 0, 0, (600, 1000), wcs, 1.0)
-    mosaic = Mosaic([plane], 0.18, np.zeros((1, 600, 1000), np.float32))
+    pixels = MemoryPixels(np.zeros((600, 1000), np.float32))
+    mosaic = Mosaic([Plane("g", Path("memory"), 0, 0, pixels.shape, wcs, 1.0, pixels)], 0.18)
     rng = np.random.default_rng(2)
     small = rng.uniform(10, 560, (60, 2)) * [1.6, 1]
     truth = [[360, 100, 540, 240], [430, 380, 580, 560], [700, 20, 990, 250], [880, 400, 980, 590]]

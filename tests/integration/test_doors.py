@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from deepdisc_ops.config import SkySettings
 from deepdisc_ops.data.simulate import simulate_scene, write_scene
-from deepdisc_ops.data.surveys import survey
 from deepdisc_ops.inference.ensemble import Ensemble
 from deepdisc_ops.inference.mosaic import predict_mosaic
 from deepdisc_ops.serving import archive, server
@@ -43,7 +43,7 @@ def refusal(folder: Path, discovery: Path) -> str:
 
 
 def test_served_catalogue_is_the_in_process_one(tmp_path: Path, dust: EbvSource) -> None:
-    write_scene(simulate_scene(survey("lsst"), size=(600, 500), seed=5), tmp_path / "sky.fits")
+    write_scene(simulate_scene(SkySettings(), size=(600, 500), seed=5), tmp_path / "sky.fits")
     mar = archive.build_archive([MODEL], tmp_path / "ensemble.mar")
     ensemble = Ensemble.load(MODEL)
     torch.set_num_threads(1)

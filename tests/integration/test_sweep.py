@@ -178,12 +178,12 @@ def wait_for_trial(number: int, driver: subprocess.Popen[bytes], trials: Path) -
 
 
 def test_the_real_training_loop_in_a_sweep(spaced: Path) -> None:
+    from deepdisc_ops.config import SkySettings
     from deepdisc_ops.data.simulate import simulate_dataset
-    from deepdisc_ops.data.surveys import survey
 
     # dense scenes and steps enough that some of the 50 gold galaxies are surely matched
     counts = {"train": 6, "validation": 2}
-    scenes = simulate_dataset(survey("hsc"), spaced / "scenes", counts=counts, size=192, seed=5, density=3.0)
+    scenes = simulate_dataset(SkySettings(survey="hsc", density=3.0), spaced / "scenes", counts=counts, size=192, seed=5)
     tree = {
         "name": "real",
         "base": {

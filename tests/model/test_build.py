@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -127,6 +129,35 @@ def test_the_papers_redshift_head_has_its_number_of_parameters() -> None:
     shapes = build_backbone(6, settings(backbone={"name": "tiny", "fpn_channels": 256}).backbone).output_shape()
     head = settings(redshift_head={"hidden": [1024, 64], "activation": "tanh", "pool": 7}).redshift_head
     assert sum(p.numel() for p in RedshiftHead(shapes, head).parameters()) == 12_913_679
+
+
+def seen_by_the_network(images: torch.Tensor, **settings: object) -> torch.Tensor:
+    """What reaches the backbone."""
+    network = build(input=settings)
+    network.backbone = torch.nn.Identity()
+    return network.features(images)  # type: ignore[return-value]
+
+
+def test_scalings_are_those_of_their_names() -> None:
+    flux = torch.randn(2, 6, 8, 8) * 20 + 5
+    noise, mean, std = ([s * (band + 1.0) for band in range(6)] for s in (2.0, 0.5, 30.0))
+    column = torch.arange(1.0, 7).view(1, 6, 1, 1)
+    seen = partial(seen_by_the_network, flux, noise_njy=noise, softening=3.0)
+    torch.testing.assert_close(seen(scaling="arcsinh"), torch.arcsinh(flux / (6 * column)))
+    torch.testing.assert_close(seen(scaling="linear"), flux / (6 * column))
+    torch.testing.assert_close(seen(scaling="snr"), flux / (2 * column))
+    zscore = seen_by_the_network(flux, scaling="zscore", mean_njy=mean, std_njy=std)
+    torch.testing.assert_close(zscore, (flux - 0.5 * column) / (30 * column))
+
+
+def test_what_a_scaling_needs_must_be_known() -> None:
+    with pytest.raises(ConfigError, match="model.input.mean_njy and model.input.std_njy not set"):
+        build(input={"scaling": "zscore", "noise_njy": [1.0] * 6})
+    with pytest.raises(ConfigError, match="model.input.noise_njy not set"):
+        build(input={"scaling": "snr"})
+    for name in ("noise_njy", "mean_njy", "std_njy"):
+        with pytest.raises(ValueError, match=f"input.{name} has 2 values for 6 bands"):
+            settings(input={name: [1.0, 1.0]})
 
 
 def test_noise_must_be_known() -> None:

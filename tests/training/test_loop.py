@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,17 +10,21 @@ from detectron2.structures import Instances
 from torch import Tensor
 
 from deepdisc_ops.config import TrainingConfig, TrainSettings, validate
-from deepdisc_ops.errors import CheckpointError, ConfigError, TrainingError
+from deepdisc_ops.data.store import Records
+from deepdisc_ops.errors import CatalogError, CheckpointError, ConfigError, TrainingError
 from deepdisc_ops.model.build import DeepDisc
 from deepdisc_ops.model.weights import load_member, recover
 from deepdisc_ops.training import loop
 from deepdisc_ops.training.checkpoint import read_history, write_atomically
 
 
-def config(dataset: Path, **train: object) -> TrainingConfig:
+def config(
+    dataset: Path, *, data: Mapping[str, object] | None = None, inputs: Mapping[str, object] | None = None, **train: object
+) -> TrainingConfig:
     tree = {
-        "data": {"path": str(dataset), "crop": 64},
+        "data": {"path": str(dataset), "crop": 64, **(data or {})},
         "model": {
+            "input": inputs or {},
             "backbone": {"name": "tiny", "fpn_channels": 16},
             "box_head": {"hidden": [32]},
             "redshift_head": {"hidden": [16]},
@@ -57,6 +62,63 @@ def test_an_interrupted_run_continued_equals_one_that_was_not(mini_dataset: Path
     for name, tensor in one.state_dict().items():
         torch.testing.assert_close(tensor, other.state_dict()[name], rtol=1e-6, atol=1e-6)
     assert (spaced / "whole" / "loss.png").stat().st_size > 1000
+
+
+def test_workers_and_augmentations_change_neither_the_run_nor_its_resumption(mini_dataset: Path, spaced: Path) -> None:
+    augment = {"blur_px": [0, 1], "noise_factor": [1, 2], "band_dropout": 0.2}
+    inputs = {"scaling": "zscore", "noise_njy": [8, 4, 4, 7, 13, 38]}
+
+    def run(workers: int, name: str, steps_until: int | None = None) -> dict[int, Mapping[str, float]]:
+        told: dict[int, Mapping[str, float]] = {}
+
+        def report(step: int, metrics: Mapping[str, float]) -> None:
+            told[step] = metrics
+            if step == steps_until:
+                raise Stop
+
+        data = {"workers": workers, "augment": augment, "balance": 0.5}
+        loop.train(config(mini_dataset, data=data, inputs=inputs), spaced / name, report=report)
+        return told
+
+    alone = run(0, "alone")
+    with pytest.raises(Stop):
+        run(2, "shared", steps_until=2)
+    shared = run(1, "shared")
+    assert list(alone) == [2, 4]
+    assert list(shared) == [4]
+    for name in set(shared[4]) - {"images_per_s"}:
+        assert alone[4][name] == pytest.approx(shared[4][name], rel=1e-6), name
+
+
+def test_a_z_score_is_measured_and_kept(mini_dataset: Path, spaced: Path) -> None:
+    best = loop.train(config(mini_dataset, inputs={"scaling": "zscore"}, steps=1), spaced)
+    network, info = load_member(best)
+    found = info.config.model.input
+    assert found.mean_njy is not None
+    assert found.std_njy is not None
+    assert found.noise_njy is not None
+    assert all(std > noise for std, noise in zip(found.std_njy, found.noise_njy, strict=True))
+    torch.testing.assert_close(network.offset.flatten(), torch.tensor(found.mean_njy))
+
+
+def test_a_share_of_the_training_images_is_used(mini_dataset: Path, spaced: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    used = []
+
+    class Seen(loop.CropDataset):
+        def __init__(self, records: Records, *others: Any) -> None:
+            used.append(records.keys.tolist())
+            super().__init__(records, *others)
+
+    monkeypatch.setattr(loop, "CropDataset", Seen)
+    for fraction in (0.5, 1.0):
+        loop.train(config(mini_dataset, data={"fraction": fraction}, steps=1), spaced / str(fraction))
+    assert [len(keys) for keys in used] == [2, 4]
+    assert set(used[0]) < set(used[1])
+
+
+def test_a_partition_that_was_not_made_is_named(mini_dataset: Path, spaced: Path) -> None:
+    with pytest.raises(CatalogError, match="has no partitions; make them with"):
+        loop.train(config(mini_dataset, data={"partition": 3}), spaced)
 
 
 def test_the_checkpoint_knows_bands_noise_and_scale(mini_dataset: Path, spaced: Path) -> None:

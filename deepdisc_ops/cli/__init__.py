@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shlex
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 import deepdisc_ops
+from deepdisc_ops.cli.console import console, progress_bar
+from deepdisc_ops.cli.data import data_app
+from deepdisc_ops.cli.truth import truth_app
 from deepdisc_ops.errors import ConfigError, DeepdiscOpsError
 
 if TYPE_CHECKING:
+    from deepdisc_ops.data.store import Dataset
     from deepdisc_ops.inference.mosaic import Predictor
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", help=deepdisc_ops.__doc__)
@@ -36,13 +38,14 @@ for name, sub in {
     "archive": archive_app,
     "serve": serve_app,
     "setup": setup_app,
+    "data": data_app,
+    "truth": truth_app,
 }.items():
     app.add_typer(sub, name=name)
 
 STRIDE = 32  # windows start on multiples of any network's stride
-LOG_WIDTH = 140
-console = Console(width=None if sys.stdout.isatty() else LOG_WIDTH, highlight=False)
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a setting, as in train.lr=0.001; may be repeated.")]
+SkyOverrides = Annotated[list[str] | None, typer.Option("--set", help="Override a setting of the sky, as in clustering=0.4.")]
 ModelPath = Annotated[Path | None, typer.Option(help="A .mar archive, an ensemble folder or a checkpoint folder (RUN/best).")]
 RunDir = Annotated[Path, typer.Option(help="The server's private folder, with its logs and its discovery file.")]
 
@@ -70,7 +73,10 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 @app.command()
 def simulate(
     out: Annotated[Path, typer.Option(help="Data set folder, or with --mosaic a .fits file.")],
-    survey: Annotated[str, typer.Option(help="lsst (ugrizy) or hsc (grizy).")] = "lsst",
+    survey: Annotated[str | None, typer.Option(help="lsst, hsc, jades or roman; lsst without one.")] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="A frozen sky, lsst_reference or lsst_reference_dc2, whole; only OUT and how count then.")
+    ] = None,
     train: Annotated[int, typer.Option(min=0, help="Training scenes.")] = 200,
     validation: Annotated[int, typer.Option(min=0, help="Validation scenes.")] = 24,
     calibration: Annotated[int, typer.Option(min=0, help="Calibration scenes.")] = 0,
@@ -78,21 +84,33 @@ def simulate(
     size: Annotated[int, typer.Option(min=32, help="Side of a scene in pixels.")] = 256,
     mosaic: Annotated[int, typer.Option(min=0, help="Write one mosaic of this side instead of a data set.")] = 0,
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same sky.")] = 0,
-    years: Annotated[float, typer.Option(help="Depth of the coadds in years of LSST.")] = 5.0,
-    density: Annotated[float, typer.Option(min=0.0, help="Number of galaxies and stars relative to the real sky.")] = 1.0,
+    years: Annotated[float | None, typer.Option(help="Depth of LSST's coadds in years, 5 without one.")] = None,
+    density: Annotated[float | None, typer.Option(help="Number of galaxies and stars relative to the real sky.")] = None,
+    colours: Annotated[str | None, typer.Option(help="templates, or dc2: painted from cosmoDC2 photometry.")] = None,
+    artifact: Annotated[list[str] | None, typer.Option(help="saturation, spikes, trail or missing_band; may be repeated.")] = None,
+    overrides: SkyOverrides = None,
+    packed: Annotated[bool, typer.Option("--packed", help="Keep pixels inside the data set, not in a FITS file a scene.")] = False,
     processes: Annotated[int, typer.Option(min=0, help="Scenes made at once; 0 takes all processors.")] = 0,
 ) -> None:
     """Simulate a sky with its truth: a training set, or one mosaic.
 
-    Example: `deepdisc-ops simulate --survey lsst --out scenes --train 200 --validation 24 --seed 1`
+    Example: `deepdisc-ops simulate --survey lsst --out scenes --train 200 --validation 24 --seed 1 --set clustering=0.4`
     """
+    from deepdisc_ops import config as settings
     from deepdisc_ops.data import simulate as room
-    from deepdisc_ops.data.surveys import survey as find_survey
 
+    named = {"survey": survey, "years": years, "density": density, "colours": colours, "artifacts": artifact or None}
+    if reference:
+        if mosaic or overrides or any(named.values()):
+            raise ConfigError(f"the sky {reference} is frozen: leave out --mosaic, --set and the survey's options")
+        _simulate_reference(reference, out, packed=packed, processes=processes)
+        return
+    given = [f"{key}={json.dumps(value)}" for key, value in named.items() if value is not None]
+    sky = settings.load(None, [*(overrides or ()), *given], settings.SkySettings)
     if mosaic:
         if out.suffix != ".fits" or not out.absolute().parent.is_dir():
             raise ConfigError(f"--out {out} is not a .fits file in a folder that exists; name one for the mosaic")
-        scene = room.simulate_scene(find_survey(survey), size=mosaic, seed=seed, years=years, density=density)
+        scene = room.simulate_scene(sky, size=mosaic, seed=seed)
         room.write_scene(scene, out)
         console.print(
             f"{out}: {mosaic}x{mosaic} pixels, bands {' '.join(scene.survey.bands)}, {len(scene.truth)} sources above 3 sigma"
@@ -100,19 +118,33 @@ def simulate(
         return
     asked = {"train": train, "validation": validation, "calibration": calibration, "test": test}
     counts = {split: count for split, count in asked.items() if count}
-    with _progress("simulating", sum(counts.values()), "scenes") as advance:
+    with progress_bar("simulating", sum(counts.values()), "scenes") as advance:
         dataset = room.simulate_dataset(
-            find_survey(survey),
+            sky,
             out,
             counts=counts,
             size=size,
             seed=seed,
-            years=years,
-            density=density,
             processes=processes,
+            packed=packed,
             progress=lambda done, _: advance(done, ""),
         )
-    parts = ", ".join(f"{count} {split}" for split, count in counts.items())
+    _tell_scenes(out, dataset)
+
+
+def _simulate_reference(name: str, out: Path, *, packed: bool, processes: int) -> None:
+    from deepdisc_ops.data import reference
+
+    scenes = sum(split.scenes for split in reference.load_reference(name).splits.values())
+    with progress_bar("simulating", scenes, "scenes") as advance:
+        dataset = reference.build_reference(
+            name, out, packed=packed, processes=processes, progress=lambda done, _: advance(done, "")
+        )
+    _tell_scenes(out, dataset)
+
+
+def _tell_scenes(out: Path, dataset: Dataset) -> None:
+    parts = ", ".join(f"{count} {split}" for split, count in dataset.split_sizes.items())
     console.print(f"{out}: {parts} scenes, bands {' '.join(dataset.info.bands)}")
 
 
@@ -131,7 +163,7 @@ def train(
     loaded = settings.load(config, overrides or (), settings.TrainingConfig)
     from deepdisc_ops.training import loop
 
-    with _progress("training", loaded.train.steps, "steps") as advance:
+    with progress_bar("training", loaded.train.steps, "steps") as advance:
 
         def report(step: int, metrics: Any) -> None:
             names = ("val_nll", "val_sigma_iqr", "val_completeness")
@@ -158,7 +190,7 @@ def sweep_run(
     from deepdisc_ops.sweeps import run
 
     total = space.number_of_trials(loaded)
-    with _progress(f"sweep of {total} trials", total, "trials") as advance:
+    with progress_bar(f"sweep of {total} trials", total, "trials") as advance:
         ended: dict[str, str] = {}
 
         def progress(news: Any) -> None:
@@ -319,14 +351,20 @@ def predict(
     out: Annotated[list[Path], typer.Option(help="Catalogue to write: .parquet or .fits; may be repeated.")],
     model: ModelPath = None,
     server: Annotated[Path | None, typer.Option(help="Use the endpoint of this run directory (or server.json) instead.")] = None,
-    ebv: Annotated[str, typer.Option(help="Milky Way E(B-V): a number in mag, or sfd with --dust-maps.")] = "0.03",
-    dust_maps: Annotated[Path | None, typer.Option(help="Folder of the SFD dust maps.")] = None,
+    ebv: Annotated[
+        str, typer.Option(help="Milky Way E(B-V): a number in mag, or a map: sfd, csfd, planck, planck_gnilc, lenz2017, bh.")
+    ] = "0.03",
+    dust_maps: Annotated[Path | None, typer.Option(help="Folder of the dust maps.")] = None,
     dust_scale: Annotated[float, typer.Option(help="Factor on the dust map; 0.86 turns SFD into SF11.")] = 1.0,
     plane_bands: Annotated[
         str | None, typer.Option(help="Names of the image planes where the files do not tell: g,r,i,z,y.")
     ] = None,
     zero_point: Annotated[float | None, typer.Option(help="AB magnitude of one count where the headers do not tell.")] = None,
     pixel_scale: Annotated[float | None, typer.Option(help="Arcsec per pixel where there is no WCS.")] = None,
+    blank: Annotated[float | None, typer.Option(help="Pixel value that means no data, in the files' unit, such as 0.")] = None,
+    bad_bits: Annotated[
+        str | None, typer.Option(help="Planes of a mask that make a pixel invalid, by name (NO_DATA,SAT), or an integer.")
+    ] = None,
     pixels_only: Annotated[bool, typer.Option("--pixels-only", help="Accept images without a WCS; ra and dec stay NaN.")] = False,
     window: Annotated[int, typer.Option(min=128, help="Side of the windows that are read and predicted at once.")] = 1024,
     overlap: Annotated[int, typer.Option(min=16, help="Pixels that neighbouring windows share.")] = 64,
@@ -357,15 +395,23 @@ def predict(
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     planes = plane_bands.split(",") if plane_bands else None
+    bits = None if bad_bits is None else int(bad_bits, 0) if bad_bits[:1].isdigit() else bad_bits.split(",")
     with ExitStack() as stack:
         predictor, bands, scale, digest = _predictor(stack, model, server, device)
         mosaic = open_mosaic(
-            images, bands, plane_bands=planes, zero_point=zero_point, pixel_scale=pixel_scale, require_wcs=not pixels_only
+            images,
+            bands,
+            plane_bands=planes,
+            zero_point=zero_point,
+            pixel_scale=pixel_scale,
+            require_wcs=not pixels_only,
+            blank=blank,
+            bad_bits=bits,
         )
         stack.enter_context(mosaic)
         _check_scale(mosaic.pixel_scale, scale)
         started = datetime.now(UTC)
-        with _progress("predicting", 1, "windows") as advance:
+        with progress_bar("predicting", 1, "windows") as advance:
             table = predict_mosaic(
                 mosaic,
                 predictor,
@@ -457,33 +503,6 @@ def _check_scale(found: float, trained: float | None) -> None:
             f"the image has {found:.4f} arcsec/px, the model was trained at {trained:.4f} arcsec/px; "
             "resample the image or use a model of its scale"
         )
-
-
-@contextmanager
-def _progress(what: str, total: int, unit: str) -> Iterator[Callable[..., None]]:
-    """A progress bar on a terminal, lines in a log; yields advance(done, note, total, tell=always print a line)."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TextColumn(unit),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task(what, total=total, note="")
-        told = 0.0
-
-        def advance(done: int, note: str = "", of: int | None = None, *, tell: bool = False) -> None:
-            nonlocal told
-            everything = of or total
-            bar.update(task, completed=done, total=everything, note=note)
-            if not console.is_terminal and (tell or done / everything - told >= 0.1 or done == everything):
-                told = done / everything
-                console.print(f"{what}: {done}/{everything} {unit} {note}".rstrip())
-
-        yield advance
 
 
 def _short(value: Any) -> str:

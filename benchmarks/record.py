@@ -1,0 +1,81 @@
+"""Keeps what a benchmark found: benchmarks/results/NAME.json, with the commit, the machine and the command it came from."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+RESULTS = Path(__file__).with_name("results")
+GEMM_SIDE = 2048
+
+
+def write(
+    name: str,
+    *,
+    ratios: Mapping[str, float],
+    figures: Mapping[str, Any],
+    log: str | Iterable[str] = (),
+    arguments: Sequence[str] | None = None,
+    folder: Path = RESULTS,
+) -> Path:
+    """Write the result of ``python -m benchmarks.NAME``: ratios are named after what they claim, figures are the rest.
+
+    arguments of the command are this process's unless given; of paths in them only the name is kept.
+    """
+    words = [_public(word) for word in (sys.argv[1:] if arguments is None else arguments)]
+    result = {
+        "commit": commit(),
+        "date": datetime.now(UTC).date().isoformat(),
+        "cores": os.cpu_count(),
+        "gemm_gflops": round(gemm_gflops(), 1),
+        "ratios": dict(ratios),
+        "figures": dict(figures),
+        "command": shlex.join(["python", "-m", f"benchmarks.{name}", *words]),
+        "log": log if isinstance(log, str) else list(log),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
+    unfinished = path.with_name(f".{path.name}.part")
+    unfinished.write_text(json.dumps(result, indent=2, default=float) + "\n")
+    unfinished.replace(path)
+    return path
+
+
+def _public(word: str) -> str:
+    """An argument without the folders of this machine."""
+    option, separator, value = word.rpartition("=")
+    return f"{option}{separator}{Path(value).name}" if Path(value).is_absolute() else word
+
+
+def commit() -> str:
+    """The commit that is checked out, marked with + where files differ from it; "unknown" outside of a checkout."""
+    here = Path(__file__).parent
+    try:
+        found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
+        changes = subprocess.run(["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return found.stdout.strip() + ("+" if changes.stdout.strip() else "")
+
+
+def gemm_gflops(repeats: int = 5) -> float:
+    """The fastest single-precision matrix product of this process, in 1e9 operations a second."""
+    rng = np.random.default_rng(0)
+    one, other = rng.standard_normal((2, GEMM_SIDE, GEMM_SIDE), dtype=np.float32)
+    one @ other
+    seconds = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        one @ other
+        seconds.append(time.perf_counter() - started)
+    return 2 * GEMM_SIDE**3 / min(seconds) / 1e9
