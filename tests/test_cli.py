@@ -179,6 +179,11 @@ def test_an_endpoint_that_is_down(
         (("simulate", "--survey", "lssst", "--out", "x"), "did you mean 'lsst'?"),
         (("simulate", "--set", "clusterin=0.4", "--out", "x"), "unknown key 'clusterin', did you mean 'clustering'?"),
         (("simulate", "--artifact", "trial", "--out", "x"), "artifacts.0: Input should be 'saturation', 'spikes', 'trail'"),
+        (
+            ("simulate", "--reference", "lsst_reference", "--out", "x", "--seed", "0", "--train", "9"),
+            "is frozen: leave out --train, --seed",
+        ),
+        (("simulate", "--reference", "lsst_reference", "--out", "x", "--density", "0"), "is frozen: leave out --density"),
         (("predict", "m.fits", "--out", "c.fits"), "give either --model or --server"),
         (("predict", "m.fits", "--out", "c.csv", "--model", "m"), "expected one of .parquet, .fits"),
         (("archive", "build", "--out", "x.mar"), "name either checkpoint folders or --members"),

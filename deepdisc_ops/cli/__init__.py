@@ -43,6 +43,7 @@ for name, sub in {
 }.items():
     app.add_typer(sub, name=name)
 
+REFERENCE_WORDS = ("out", "reference", "packed", "processes")  # what may be said with --reference
 STRIDE = 32  # windows start on multiples of any network's stride
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a setting, as in train.lr=0.001; may be repeated.")]
 SkyOverrides = Annotated[list[str] | None, typer.Option("--set", help="Override a setting of the sky, as in clustering=0.4.")]
@@ -72,6 +73,7 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 @app.command()
 def simulate(
+    context: typer.Context,
     out: Annotated[Path, typer.Option(help="Data set folder, or with --mosaic a .fits file.")],
     survey: Annotated[str | None, typer.Option(help="lsst, hsc, jades or roman; lsst without one.")] = None,
     reference: Annotated[
@@ -98,15 +100,23 @@ def simulate(
     """
     from deepdisc_ops import config as settings
     from deepdisc_ops.data import simulate as room
+    from deepdisc_ops.data.surveys import survey as find_survey
 
     named = {"survey": survey, "years": years, "density": density, "colours": colours, "artifacts": artifact or None}
     if reference:
-        if mosaic or overrides or any(named.values()):
-            raise ConfigError(f"the sky {reference} is frozen: leave out --mosaic, --set and the survey's options")
+        said = [
+            option.opts[0]
+            for option in context.command.params
+            if option.name not in REFERENCE_WORDS and _stated(context, option.name)
+        ]
+        if said:
+            raise ConfigError(f"the sky {reference} is frozen: leave out {', '.join(said)}")
         _simulate_reference(reference, out, packed=packed, processes=processes)
         return
     given = [f"{key}={json.dumps(value)}" for key, value in named.items() if value is not None]
     sky = settings.load(None, [*(overrides or ()), *given], settings.SkySettings)
+    if years is not None and find_survey(sky.survey).reference_years is None:
+        raise ConfigError(f"--years {years:g} means nothing for {sky.survey}, whose depth does not depend on it; leave it out")
     if mosaic:
         if out.suffix != ".fits" or not out.absolute().parent.is_dir():
             raise ConfigError(f"--out {out} is not a .fits file in a folder that exists; name one for the mosaic")
@@ -118,6 +128,8 @@ def simulate(
         return
     asked = {"train": train, "validation": validation, "calibration": calibration, "test": test}
     counts = {split: count for split, count in asked.items() if count}
+    if not counts:
+        raise ConfigError("no scenes asked: give --train, --validation, --calibration or --test, or --mosaic for one image")
     with progress_bar("simulating", sum(counts.values()), "scenes") as advance:
         dataset = room.simulate_dataset(
             sky,
@@ -130,6 +142,12 @@ def simulate(
             progress=lambda done, _: advance(done, ""),
         )
     _tell_scenes(out, dataset)
+
+
+def _stated(context: typer.Context, option: str | None) -> bool:
+    """Whether an option was given, be it with the value it has without."""
+    source = None if option is None else context.get_parameter_source(option)
+    return source is not None and source.name != "DEFAULT"
 
 
 def _simulate_reference(name: str, out: Path, *, packed: bool, processes: int) -> None:

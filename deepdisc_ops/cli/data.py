@@ -119,6 +119,57 @@ def data_pack(
     console.print(f"{out}: {len(copy)} records, {size / 1e9:.2f} GB")
 
 
+@data_app.command("merge")
+def data_merge(
+    paths: Annotated[list[Path], typer.Argument(help="Folders of data sets of the same bands and pixel scale.")],
+    out: Annotated[Path, typer.Option(help="Folder of the data set of all their records.")],
+    packed: Annotated[bool, typer.Option("--packed", help="Copy the pixels too; records that have theirs packed need it.")] = False,
+) -> None:
+    """Make one data set of several: tracts of a survey, real and simulated images. Splits and origins are kept.
+
+    Example: `deepdisc-ops data merge tract_1 tract_2 scenes --out all --packed`
+    """
+    from deepdisc_ops.data.pack import merge_datasets
+    from deepdisc_ops.data.store import open_dataset
+
+    datasets = [open_dataset(path) for path in paths]
+    with progress_bar("merging", max(1, sum(map(len, datasets))), "records") as advance:
+        merged = merge_datasets(datasets, out, packed=packed, progress=lambda done, total: advance(done, "", total))
+    parts = ", ".join(f"{count} {split or 'in no split'}" for split, count in merged.split_sizes.items())
+    console.print(f"{out}: {len(merged)} records ({parts})")
+
+
+@data_app.command("cutouts")
+def data_cutouts(
+    path: DataPath,
+    out: Annotated[Path, typer.Option(help="HDF5 file, of the form of GalaxiesML.")],
+    split: Annotated[str | None, typer.Option(help="Of this split alone.")] = None,
+    side: Annotated[int, typer.Option(min=1, help="Side in pixels; 127 as GalaxiesML.")] = 127,
+    faintest: Annotated[float | None, typer.Option(help="AB magnitude in the gold band of the faintest galaxy.")] = None,
+    pad: Annotated[bool, typer.Option("--pad", help="Keep galaxies near an edge, padded with NaN.")] = False,
+) -> None:
+    """Cut out the galaxies with redshifts, one image each, for pretraining.
+
+    Example: `deepdisc-ops data cutouts scenes --out cutouts.h5 --faintest 24`
+    """
+    from deepdisc_ops.data.cutouts import write_cutouts
+    from deepdisc_ops.data.store import open_dataset
+
+    dataset = open_dataset(path)
+    info = dataset.info
+    count = write_cutouts(
+        dataset.records(split),
+        out,
+        bands=info.bands,
+        gold_band=info.gold_band,
+        pixel_scale=info.pixel_scale,
+        side=side,
+        edge="pad" if pad else "skip",
+        faintest=float("inf") if faintest is None else faintest,
+    )
+    console.print(f"{out}: {count} galaxies, {len(info.bands)} bands, {side}x{side} pixels")
+
+
 def _pixel_table(bands: Sequence[PixelStatistics], sampled: int) -> Table:
     from deepdisc_ops.data.describe import QUANTILES
 

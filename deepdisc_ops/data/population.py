@@ -38,9 +38,6 @@ BRIGHT_LIMIT = 17.0
 STAR_BRIGHT_LIMIT = 15.0
 """No star is brighter than this AB magnitude in the gold band."""
 
-COUNTS_AT_25 = 46.0
-"""Galaxies per square arcminute brighter than i = 25 (Science Book equation 3.7)."""
-
 COUNTS_SLOPE = 0.31
 """Slope of the logarithm of the counts with magnitude, to 25; beyond it is the survey's."""
 
@@ -211,7 +208,7 @@ def _kpc_per_arcsec(redshift: Floats, survey: Survey) -> Floats:
 
 def _surface_density(survey: Survey, limit: Floats | float) -> Floats:
     """Galaxies per square arcminute brighter than a magnitude: a power law whose slope changes at 25 without a step."""
-    at_25, steep, flat = COMPLETE_SHARE * COUNTS_AT_25, COUNTS_SLOPE, survey.counts_slope
+    at_25, steep, flat = COMPLETE_SHARE * survey.counts_at_25, COUNTS_SLOPE, survey.counts_slope
     beyond = np.asarray(limit, np.float64) - 25.0
     faint = at_25 * (1 + steep / flat * (10 ** (flat * np.maximum(beyond, 0.0)) - 1))
     return np.where(beyond < 0, at_25 * 10 ** (steep * beyond), faint)
@@ -219,7 +216,7 @@ def _surface_density(survey: Survey, limit: Floats | float) -> Floats:
 
 def _draw_magnitudes(survey: Survey, count: int, rng: np.random.Generator) -> Floats:
     """Gold band magnitudes by inverting `_surface_density`."""
-    at_25, steep, flat = COMPLETE_SHARE * COUNTS_AT_25, COUNTS_SLOPE, survey.counts_slope
+    at_25, steep, flat = COMPLETE_SHARE * survey.counts_at_25, COUNTS_SLOPE, survey.counts_slope
     ends = _surface_density(survey, BRIGHT_LIMIT), _surface_density(survey, survey.faint_limit)
     brighter = rng.uniform(*ends, size=count) / at_25
     faint = np.log10(1 + flat / steep * (np.maximum(brighter, 1.0) - 1)) / flat

@@ -15,7 +15,7 @@ from torch.utils.data import Sampler
 
 from deepdisc_ops.errors import ConfigError
 
-EPOCH_STREAM, ITEM_STREAM = 0, 1
+EPOCH_STREAM, ITEM_STREAM, CHOICE_STREAM = 0, 1, 2
 BINS = 50
 LARGEST_WEIGHT = 30.0
 """No object is drawn more often than this many times its share without balance: few objects teach little by repetition."""
@@ -72,7 +72,7 @@ class BalancedOrder:
 
     def choose(self, k: int) -> Choice:
         """A drawn object and its image."""
-        (rng,) = item_rngs(self._seed, k, 1)
+        rng = np.random.default_rng(np.random.SeedSequence(self._seed, spawn_key=(CHOICE_STREAM, k)))  # not one of the item's
         i = int(np.searchsorted(self._cumulative, rng.random() * self._cumulative[-1], side="right"))
         return Choice(int(self._image[i]), int(self._target[i]))
 

@@ -31,7 +31,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from deepdisc_ops.data.packed import shorten
-from deepdisc_ops.data.records import COLUMNS, OPTIONAL, Objects, Packed, Record, Reference
+from deepdisc_ops.data.records import COLUMNS, GALAXY, OPTIONAL, SPLITS, STAR, Objects, Packed, Record, Reference
 from deepdisc_ops.errors import CatalogError
 from deepdisc_ops.sky.tiling import Window
 
@@ -121,6 +121,22 @@ def check_record(record: Record) -> None:
             raise CatalogError(
                 f"record {record.key!r}: objects.{name} holds a value that is no finite number; leave such objects out"
             )
+    for name, wrong, expected in (
+        ("classes", ~np.isin(objects.classes, (GALAXY, STAR)), f"{GALAXY} (galaxy) or {STAR} (star)"),
+        ("redshift", objects.redshift < 0, "0 or more, NaN for none"),
+        ("boxes", (objects.boxes[:, 2:] <= objects.boxes[:, :2]).any(axis=1), "x0 < x1 and y0 < y1"),
+    ):
+        if wrong.any():
+            found = getattr(objects, name)[wrong][0]
+            raise CatalogError(f"record {record.key!r}: objects.{name} is {found} for {wrong.sum()} objects, expected {expected}")
+    size = [record.height, record.width]
+    odd = next((mask["size"] for mask in objects.masks or () if list(mask["size"]) != size), None)
+    if odd is not None:
+        raise CatalogError(f"record {record.key!r}: a mask has the size {odd}, expected that of the image, {size}")
+    if record.split not in ("", *SPLITS):
+        raise CatalogError(
+            f"record {record.key!r} is of the unknown split {record.split!r}; expected one of {', '.join(SPLITS)}, or none"
+        )
     ids, times = np.unique(objects.ids, return_counts=True)
     if len(ids) < len(objects):
         raise CatalogError(

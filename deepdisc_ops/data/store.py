@@ -27,6 +27,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
+from deepdisc_ops.config import flatten
 from deepdisc_ops.data.pixels import check_fingerprints, packed_fault
 from deepdisc_ops.data.records import COLUMNS, SPLITS, DatasetInfo, Record
 from deepdisc_ops.data.shards import (
@@ -59,8 +60,9 @@ def create_dataset(path: Path, info: DatasetInfo, settings: Mapping[str, Any] | 
         unfinished.write_text(yaml.safe_dump(tree, sort_keys=False))
         unfinished.replace(target)
     dataset = open_dataset(path)
-    known = asdict(dataset.info) | {"bands": list(dataset.info.bands)} | dataset.settings
-    differing = [f"{name} {known.get(name)} there, {value} asked" for name, value in tree.items() if known.get(name) != value]
+    known = flatten(asdict(dataset.info) | {"bands": list(dataset.info.bands)} | dataset.settings)
+    asked = flatten(tree)
+    differing = [f"{name} {known.get(name)} there, {value} asked" for name, value in asked.items() if known.get(name) != value]
     if differing:
         raise ConfigError(f"{path} holds a data set made otherwise ({'; '.join(differing)}); use another folder")
     return dataset
@@ -123,6 +125,11 @@ class Dataset:
         if unknown:
             log.warning("%s: %d records came after the splits were made and are in none; make the splits again", self.path, unknown)
         return split, rank
+
+    @property
+    def assigned_splits(self) -> NDArray[np.str_]:
+        """(records,) split of every record in order of key, "" for those in none."""
+        return self._assigned[0]
 
     @property
     def split_sizes(self) -> dict[str, int]:

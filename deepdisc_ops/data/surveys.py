@@ -37,6 +37,7 @@ class Survey:
     stars_per_arcmin2: number density of stars. psf_profile: the shape of the PSF (Airy pattern above the atmosphere).
     sky_brightness: AB mag per square arcsec; with the noise it tells the electrons per nanojansky. saturation: AB magnitude
     of a star whose central pixel saturates. faint_limit: gold band AB magnitude down to which galaxies are drawn;
+    counts_at_25: galaxies per square arcminute brighter than that in the gold band;
     counts_slope: of the logarithm of their number with magnitude beyond 25; max_redshift: the highest drawn.
     """
 
@@ -54,6 +55,7 @@ class Survey:
     stars_per_arcmin2: float
     psf_profile: Literal["kolmogorov", "airy"] = "kolmogorov"
     faint_limit: float = 27.6
+    counts_at_25: float = 46.0
     counts_slope: float = 0.31
     max_redshift: float = 3.0
     shallow_depth: tuple[float, ...] | None = None
@@ -144,6 +146,7 @@ SURVEYS = {
         stars_per_arcmin2=2.0,
         psf_profile="airy",
         faint_limit=31.2,
+        counts_at_25=92.0,  # galaxies are brighter at 4 micron than in i; JADES lists 94,000 sources in some 70 square arcminutes
         counts_slope=0.2,
         max_redshift=12.0,
     ),
@@ -213,8 +216,13 @@ def draw_conditions(survey: Survey, years: float, rng: np.random.Generator) -> C
 
 
 def pixel_noise(survey: Survey, conditions: Conditions) -> NDArray[np.float64]:
-    """(C,) noise per pixel in nanojansky: the depth spread over the effective area of the PSF, 2.266 (FWHM / pixel)^2."""
-    area = np.maximum(2.266 * (conditions.psf_fwhm / survey.pixel_scale) ** 2, 1.0)
+    """(C,) noise per pixel in nanojansky: the depth spread over the effective area of the PSF in pixels.
+
+    From the ground 2.266 (FWHM / pixel)^2 (LSST's n_eff). Above the atmosphere an Airy pattern's rings and the pixel, no smaller
+    than the PSF, count: 1 / sum of the squared shares of the pixels, 1.8 + 3.08 (FWHM / pixel)^2 to 2 %.
+    """
+    squared = (conditions.psf_fwhm / survey.pixel_scale) ** 2
+    area = 1.8 + 3.08 * squared if survey.psf_profile == "airy" else np.maximum(2.266 * squared, 1.0)
     return to_njy(conditions.depth) / 5 / np.sqrt(area)
 
 

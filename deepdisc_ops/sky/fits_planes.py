@@ -169,14 +169,15 @@ class _File:
         return found
 
     def _companions(self, image: _Extension, extensions: Sequence[_Extension]) -> dict[str, _Extension]:
-        """Companions of ``image`` by role; a MASK without a band belongs to every image of the file."""
+        """Companions of ``image`` by role; a MASK without a band belongs to every image of the file, and any to the only one."""
         found = {}
+        alone = sum(extension.role == "image" for extension in extensions) == 1
         for extension in extensions:
             if extension.role == "image":
                 continue
             if image.label:
                 belongs = bool(extension.label) and band_name(extension.label) in (image.band, image.label)
-                belongs |= not extension.label and extension.role == "mask" and extension.role not in found
+                belongs |= not extension.label and (alone or extension.role == "mask") and extension.role not in found
             else:
                 belongs = not extension.label and extension.version == image.version and extension.filter in ("", image.filter)
             if belongs:

@@ -19,6 +19,8 @@ ZERO_POINT_KEYS = ("MAGZERO", "MAGZPT", "ZEROPT", "PHOTZP")
 """Header cards with the AB magnitude of one unit per pixel."""
 AGREEMENT = 2e-3
 """Largest relative difference of two statements about the same flux."""
+AREA_AGREEMENT = 0.1
+"""The same of a pixel's area: PIXAR_SR is a detector's average, the WCS that of the middle of the image."""
 
 _AB = units.zero_point_flux(10 ** (0.4 * NJY_ZERO_POINT) * units.nJy)
 _RATES = ("DN/s", "adu/s", "ct/s", "electron/s")
@@ -89,7 +91,11 @@ def _flux_unit(header: Mapping[str, Any], pixel_area_arcsec2: float | None) -> d
 
 def _rates(header: Mapping[str, Any], pixel_area_arcsec2: float | None) -> dict[str, float]:
     """Counts a second with the calibration that JWST (MJy/sr) and HST (erg/s/cm2/A at a wavelength) give beside them."""
-    if _unit(_unit_text(header)) not in [_unit(text) for text in _RATES]:
+    text = _unit_text(header)
+    if "electron" in text.lower() or "count" in text.lower():
+        # drizzled HST images say ELECTRONS/S, which is no unit of the FITS standard
+        text = text.lower().replace("electrons", "electron").replace("counts", "count")
+    if _unit(text) not in [_unit(rate) for rate in _RATES]:
         return {}
     found = {}
     if header.get("PHOTMJSR"):
@@ -103,7 +109,14 @@ def _rates(header: Mapping[str, Any], pixel_area_arcsec2: float | None) -> dict[
 
 def _pixel_area_sr(header: Mapping[str, Any], pixel_area_arcsec2: float | None) -> float:
     if header.get("PIXAR_SR"):
-        return float(header["PIXAR_SR"])
+        stated = float(header["PIXAR_SR"])
+        seen = stated if pixel_area_arcsec2 is None else pixel_area_arcsec2 * STERADIAN_PER_ARCSEC2
+        if not math.isclose(stated, seen, rel_tol=AREA_AGREEMENT):
+            raise ImageError(
+                f"PIXAR_SR makes a pixel {stated:.4g} sr, its WCS or scale {seen:.4g} sr; correct PIXAR_SR "
+                "(a resampled mosaic may keep the detector's) or give --zero-point"
+            )
+        return stated
     if pixel_area_arcsec2 is None:
         raise ImageError(
             f"unit {_unit_text(header)} is a surface brightness and nothing tells the pixel's area; add PIXAR_SR or a WCS, "

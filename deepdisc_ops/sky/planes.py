@@ -54,7 +54,8 @@ class Scaling(NamedTuple):
         unscaled = self.scale == 1 and self.zero == 0
         if unscaled and (self.blank is None or stored.dtype.kind == "f"):
             return stored
-        if self.scale == 1 and self.blank is None and stored.dtype.kind != "f" and abs(self.zero) < 2**32:
+        whole = self.scale == 1 and float(self.zero).is_integer() and abs(self.zero) < 2**32
+        if whole and self.blank is None and stored.dtype.kind != "f":
             return stored.astype(np.int64) + int(self.zero)
         values = np.asarray(stored * self.scale + self.zero, np.float64)
         if self.blank is not None and stored.dtype.kind != "f":
@@ -231,10 +232,12 @@ class Noise:
 
     def variance(self, window: Window, to_njy: np.float32) -> NDArray[np.float32]:
         """(height, width) nJy^2; a negative sigma stays negative, so that it is seen to be none."""
-        values = np.array(self.pixels.read(window), np.float32)
+        stored = self.pixels.read(window)
+        # 1e-64 is a variance in cgs
+        values: NDArray[np.floating] = np.array(stored, np.float64 if stored.dtype.itemsize == 8 else np.float32)
         values *= to_njy
         values *= np.abs(values) if self.kind == "sigma" else to_njy
-        return values
+        return values.astype(np.float32, copy=False)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from deepdisc_ops.data.loader import Batch, CropDataset, label, measure_pixels, 
 from deepdisc_ops.data.masks import run_lengths
 from deepdisc_ops.data.pixels import header_wcs
 from deepdisc_ops.data.records import DatasetInfo, Objects, Packed, Record, Reference
-from deepdisc_ops.data.sampling import Balance, BalancedOrder, ImageOrder, RunSampler
+from deepdisc_ops.data.sampling import Balance, BalancedOrder, ImageOrder, RunSampler, item_rngs
 from deepdisc_ops.data.store import Records, create_dataset, open_dataset
 from deepdisc_ops.data.writer import DatasetWriter
 from deepdisc_ops.errors import CatalogError, ConfigError
@@ -399,6 +399,17 @@ def test_the_chosen_object_lies_in_its_crop(records: Records) -> None:
         x, y = truth.x[target], truth.y[target]  # type: ignore[index]
         if min(x, y, WIDTH - 1 - x, HEIGHT - 1 - y) > 1:
             assert np.isclose(sample.truth.redshift, truth.redshift[target]).any()  # type: ignore[index]
+
+
+def test_a_chosen_object_is_shown_at_every_height() -> None:
+    order = BalancedOrder(np.ones(50), np.arange(50), seed=1)
+    corners = []
+    for k in range(2000):
+        if order.choose(k).image == 25:
+            (place, *_) = item_rngs(1, k, 3)
+            corners.append(place.integers(0, 1000, 2))
+    assert len(corners) > 20
+    assert (np.ptp(corners, axis=0) > 700).all()
 
 
 def test_balance_needs_redshifts(tmp_path: Path) -> None:

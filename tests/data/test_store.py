@@ -38,7 +38,7 @@ def _forget_files() -> Iterator[None]:
     close_files()
 
 
-def make_objects(count: int, seed: int = 0) -> Objects:
+def make_objects(count: int, seed: int = 0, side: int = 16) -> Objects:
     rng = np.random.default_rng(seed)
     corners = rng.uniform(-3, 50, (count, 2))
     return Objects(
@@ -52,12 +52,12 @@ def make_objects(count: int, seed: int = 0) -> Objects:
         ra=rng.uniform(10, 10.01, count),
         dec=rng.uniform(-30, -29.99, count),
         ebv=rng.uniform(0, 0.1, count).astype(np.float32),
-        masks=tuple({"size": [16, 16], "counts": f"<0{i}"} for i in range(count)),
+        masks=tuple({"size": [side, side], "counts": f"<0{i}"} for i in range(count)),
     )
 
 
 def make_record(key: str, count: int = 3, seed: int = 0, side: int = 16, **fields: Any) -> Record:
-    return Record(key, Reference(()), BANDS, side, side, make_objects(count, seed), **fields)
+    return Record(key, Reference(()), BANDS, side, side, make_objects(count, seed, side), **fields)
 
 
 def make_image(seed: int = 0, width: int = 16, height: int = 16, invalid: float = 0.1) -> SkyImage:
@@ -95,11 +95,11 @@ texts = st.text(max_size=12)
 
 
 @st.composite
-def objects(draw: st.DrawFn) -> Objects:
+def objects(draw: st.DrawFn, width: int, height: int) -> Objects:
     count = draw(st.integers(0, 3))
 
     def column(name: str, length: int) -> np.ndarray:
-        values = st.integers(0, 2**31 - 1) if np.dtype(COLUMNS[name]).kind == "i" else numbers
+        values = {"classes": st.integers(0, 1), "redshift": st.floats(0, 2.0**90, width=32)}.get(name, numbers)
         if name in OPTIONAL:
             values = values | st.just(np.nan)
         return np.array(draw(st.lists(values, min_size=length, max_size=length)), COLUMNS[name])
@@ -108,9 +108,11 @@ def objects(draw: st.DrawFn) -> Objects:
     columns["ids"] = np.array(
         draw(st.lists(st.integers(-(2**63), 2**63 - 1), min_size=count, max_size=count, unique=True)), np.int64
     )
-    columns["boxes"] = column("boxes", 4 * count).reshape(count, 4)
+    corners = np.sort(column("boxes", 4 * count).reshape(count, 2, 2), axis=1)
+    corners[:, 1] = np.maximum(corners[:, 1], np.nextafter(corners[:, 0], np.float32(np.inf)))
+    columns["boxes"] = corners.reshape(count, 4)
     columns["dec"] = np.clip(columns["dec"], -90, 90)
-    mask = st.fixed_dictionaries({"size": st.lists(st.integers(1, 999), min_size=2, max_size=2), "counts": texts})
+    mask = st.fixed_dictionaries({"size": st.just([height, width]), "counts": texts})
     some = {
         name: st.none() | st.lists(kind, min_size=count, max_size=count).map(tuple)
         for name, kind in (("masks", mask), ("extra", texts))
@@ -121,19 +123,20 @@ def objects(draw: st.DrawFn) -> Objects:
 @st.composite
 def described_records(draw: st.DrawFn) -> list[Record]:
     keys = draw(st.lists(st.text(min_size=1, max_size=8), min_size=1, max_size=3, unique=True))
+    sizes = [(draw(st.integers(1, 9)), draw(st.integers(1, 9))) for _ in keys]
     return [
         Record(
             key,
             Reference(()),
             BANDS,
-            draw(st.integers(1, 9)),
-            draw(st.integers(1, 9)),
-            draw(objects()),
+            width,
+            height,
+            draw(objects(width, height)),
             split=draw(st.sampled_from(["", "train", "test"])),
             origin=draw(texts),
             extra=draw(texts),
         )
-        for key in keys
+        for key, (width, height) in zip(keys, sizes, strict=True)
     ]
 
 
@@ -162,7 +165,7 @@ def test_packed_records_survive_a_round_trip(tmp_path_factory: pytest.TempPathFa
     pixel_scale=st.none() | st.floats(0.01, 1),
     blank=st.none() | st.just(0.0),
     inside=st.booleans(),
-    found=objects(),
+    found=objects(8, 8),
 )
 def test_references_survive_a_round_trip_and_a_move(
     tmp_path_factory: pytest.TempPathFactory,
@@ -319,7 +322,7 @@ def test_a_data_set_is_opened_again_only_as_what_it_is(tmp_path: Path) -> None:
     assert create_dataset(tmp_path, INFO, {"years": 5.0}).settings == {"years": 5.0}
     with pytest.raises(ConfigError, match=r"years 5.0 there, 1.0 asked"):
         create_dataset(tmp_path, INFO, {"years": 1.0})
-    with pytest.raises(ConfigError, match=r"bands \['g', 'r'\] there, \['g', 'i'\] asked"):
+    with pytest.raises(ConfigError, match=r'bands \["g", "r"\] there, \["g", "i"\] asked'):
         create_dataset(tmp_path, replace(INFO, bands=("g", "i")))
 
 
@@ -340,7 +343,7 @@ def test_a_folder_without_a_data_set_is_refused(tmp_path: Path) -> None:
         (make_record("there"), "holds a record 'there' already"),
         (make_record(""), "empty key"),
         (replace(make_record("new"), bands=("r", "g")), "has the bands r, g, the data set g, r"),
-        (replace(make_record("new"), width=17), "2 x 16 x 17 in g, r, its image 2 x 16 x 16"),
+        (replace(make_record("new", 0), width=17), "2 x 16 x 17 in g, r, its image 2 x 16 x 16"),
         (replace(make_record("new"), width=0), "has 0 x 16 pixels"),
         (replace(make_record("new"), objects=replace(make_objects(3), ids=np.array([4, 9, 4]))), "id 4 stands 2 times"),
         (replace(make_record("new"), objects=replace(make_objects(1), x=np.array([np.inf]))), "objects.x holds a value that is no"),
@@ -349,6 +352,20 @@ def test_a_folder_without_a_data_set_is_refused(tmp_path: Path) -> None:
             replace(make_record("new"), objects=replace(make_objects(1), masks=({"size": [16, 16], "counts": [0, 256]},))),
             "counts are a list, expected COCO's compressed text",
         ),
+        (
+            replace(make_record("new"), objects=replace(make_objects(1), masks=({"size": [16, 17], "counts": "<0"},))),
+            r"a mask has the size \[16, 17\], expected that of the image, \[16, 16\]",
+        ),
+        (replace(make_record("new"), objects=replace(make_objects(2), classes=np.array([0, 2]))), "classes is 2 for 1 objects"),
+        (
+            replace(make_record("new"), objects=replace(make_objects(1), redshift=np.array([-1.0]))),
+            "redshift is -1.0 for 1 objects",
+        ),
+        (
+            replace(make_record("new"), objects=replace(make_objects(1), boxes=np.array([[5, 1, 4, 2]]))),
+            r"boxes is \[5 1 4 2\] for 1 objects, expected x0 < x1",
+        ),
+        (replace(make_record("new"), split="trian"), "unknown split 'trian'; expected one of train"),
     ],
 )
 def test_bad_records_are_refused_and_leave_nothing(tmp_path: Path, record: Record, message: str) -> None:

@@ -20,7 +20,7 @@ name: shortest
 base:
   data: {crop: 96}
   model: {backbone: {fpn_channels: 32}}
-  train: {steps: 60, batch_size: 3, warmup_steps: 10, validate_every: 30}
+  train: {steps: 100, batch_size: 3, warmup_steps: 10, validate_every: 50}
 space:
   model.backbone.name: {grid: [tiny, small]}
   train.lr: {loguniform: [2.0e-3, 4.0e-3]}
@@ -52,7 +52,7 @@ def test_from_an_empty_folder_to_a_served_catalogue(spaced: Path) -> None:
     assert len(children) == 2
     for child in children:
         assert {"checkpoint", "config.yaml", "loss.png"} <= set(tracker.artifacts(child.run_id))
-        assert [step for step, _ in tracker.history(child.run_id, "val_nll")] == [30, 60]
+        assert [step for step, _ in tracker.history(child.run_id, "val_nll")] == [50, 100]
 
     mine = [process for process in psutil.process_iter(["cmdline"]) if str(out) in " ".join(process.info["cmdline"] or [])]
     assert mine == []

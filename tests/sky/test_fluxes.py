@@ -48,8 +48,17 @@ def test_hubble_rates_have_the_zero_point_of_the_handbook() -> None:
     header = {"BUNIT": "ELECTRONS/S", "PHOTFLAM": 7.0332e-20, "PHOTPLAM": 8045.53}
     with pytest.raises(ImageError, match="'ELECTRONS/S' is no flux"):
         njy_per_unit(header | {"PHOTFLAM": 0})
-    factor = njy_per_unit(header | {"BUNIT": "electron/s"})
-    assert 31.4 - 2.5 * math.log10(factor) == pytest.approx(25.94, abs=0.01)
+    for unit in ("ELECTRONS/S", "electron/s", "COUNTS/S"):
+        factor = njy_per_unit(header | {"BUNIT": unit})
+        assert 31.4 - 2.5 * math.log10(factor) == pytest.approx(25.94, abs=0.01)
+
+
+def test_an_area_of_other_pixels_is_refused() -> None:
+    """The detector's PIXAR_SR in the header of a mosaic at half its scale would make every flux four times too large."""
+    detector = 4 * AREA * math.radians(1 / 3600) ** 2
+    with pytest.raises(ImageError, match="PIXAR_SR makes a pixel 8.46.*e-14 sr, its WCS or scale 2.11.*e-14 sr"):
+        njy_per_unit({"BUNIT": "MJy/sr", "PIXAR_SR": detector}, pixel_area_arcsec2=AREA)
+    assert njy_per_unit({"BUNIT": "MJy/sr", "PIXAR_SR": detector}) == pytest.approx(1e15 * detector)
 
 
 @pytest.mark.parametrize(

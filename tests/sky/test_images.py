@@ -122,12 +122,14 @@ def test_a_unit_of_flux_takes_the_place_of_a_zero_point(spaced: Path) -> None:
         np.testing.assert_allclose(mosaic.read().data[0], pixels("g") * 1000, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["unsigned", "scaled", "blank"])
+@pytest.mark.parametrize("kind", ["unsigned", "scaled", "shifted", "blank"])
 def test_integers_are_read_as_astropy_reads_them(spaced: Path, kind: str) -> None:
     values = np.arange(31 * 45).reshape(SHAPE)
     hdu = fits.ImageHDU(values.astype(np.uint16 if kind == "unsigned" else np.int16), header(MAGZERO=31.4), name="g")
     if kind == "scaled":
         hdu.scale("int16", bscale=0.25, bzero=100)
+    if kind == "shifted":
+        hdu.scale("int16", bscale=1, bzero=0.5)
     if kind == "blank":
         hdu.header["BLANK"] = 7
     fits.HDUList([fits.PrimaryHDU(), hdu]).writeto(spaced / "m.fits")

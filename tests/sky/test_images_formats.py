@@ -153,6 +153,21 @@ def test_companions_named_by_band(spaced: Path, style: str) -> None:
     np.testing.assert_array_equal(image.data[1][~image.invalid[1]], noise(1)[~image.invalid[1]])
 
 
+def test_companions_of_the_only_image_need_no_band(spaced: Path) -> None:
+    """In cgs, whose variances (1e-64) are below single precision."""
+    image = fits.ImageHDU(np.full(SHAPE, 3e-32), sky(BUNIT="erg/s/cm2/Hz"), name="G")
+    weight = np.ones(SHAPE, np.float32)
+    weight[2, 3] = 0
+    companions = [fits.ImageHDU(np.full(SHAPE, 4e-64), name="VARIANCE"), fits.ImageHDU(weight, name="WHT")]
+    fits.HDUList([fits.PrimaryHDU(), image, *companions]).writeto(spaced / "m.fits")
+    with open_mosaic(spaced / "m.fits") as mosaic:
+        found = mosaic.read()
+    assert np.argwhere(found.mask).tolist() == [[2, 3]]
+    assert found.variance is not None
+    np.testing.assert_allclose(found.data[0][~found.mask], 3, rtol=1e-5)
+    np.testing.assert_allclose(found.variance[0][~found.mask], 4, rtol=1e-5)
+
+
 def test_one_mask_for_all_bands(spaced: Path) -> None:
     flags = np.zeros(SHAPE, np.uint8)
     flags[2, 3] = 1

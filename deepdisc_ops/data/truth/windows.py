@@ -181,7 +181,7 @@ def build(
     placed, compilation, counts = place(settings)
     windows = plan_windows(placed.mosaic, settings.windows)
     info = DatasetInfo(settings.survey, placed.mosaic.bands, placed.mosaic.pixel_scale, settings.gold_band, 0)
-    known = set(open_dataset(out).records().keys.tolist()) if (out / "dataset.yaml").is_file() else set()
+    known = set(open_dataset(out).written_keys.tolist()) if (out / "dataset.yaml").is_file() else set()
     counts["windows written before"] = len(known)
     records = _records(settings, placed, truth(placed, counts), windows, known, counts, progress)
     first = next(records, None)

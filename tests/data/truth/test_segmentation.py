@@ -100,6 +100,13 @@ def change(column: str, row: int, value: float) -> Any:
     return changed
 
 
+def test_a_build_that_stopped_before_its_first_record_goes_on(field: SquareField) -> None:
+    build(field)
+    for path in (field.folder / "out" / "shards").iterdir():
+        path.unlink()
+    assert len(build(field).dataset) == 2
+
+
 def test_labels_larger_than_the_ids_and_unlisted_ones_do_no_harm(field: SquareField) -> None:
     more = field.segmentation.copy()
     more[0, 0], more[20, 20] = 2**31 - 1, 1
