@@ -115,8 +115,9 @@ def pack(dataset: Dataset, folder: Path) -> Dataset:
 
 def many_records(folder: Path, image: Path, info: DatasetInfo, count: int) -> Path:
     """A data set of ``count`` records by reference to one image, with two objects each."""
-    columns = {name: np.zeros((2, 4) if name == "boxes" else 2, dtype) for name, dtype in COLUMNS.items()}
-    reference, objects = Reference((image,)), Objects(**columns | {"ids": np.arange(2)})
+    columns = {name: np.zeros(2, dtype) for name, dtype in COLUMNS.items()}
+    columns |= {"ids": np.arange(2), "boxes": np.array([[0, 0, 9, 9], [20, 30, 35, 44]], np.float32)}
+    reference, objects = Reference((image,)), Objects(**columns)
     with DatasetWriter(create_dataset(folder, info)) as writer:
         for number in range(count):
             writer.add(Record(f"{number:07}", reference, info.bands, SIZE, SIZE, objects, split="train"))
