@@ -17,12 +17,13 @@ import re
 import zlib
 from collections import ChainMap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from astropy.io import fits
+from astropy.wcs import WCS
 
 from deepdisc_ops.errors import ImageError
 from deepdisc_ops.sky.coordinates import celestial_wcs, pixel_area_arcsec2
@@ -48,6 +49,8 @@ GENERIC = ("", "primary", "compressed_image", *SCIENCE)
 """Extension names that say nothing of the band."""
 DISTORTIONS = ("wcsdvarr", "d2imarr")
 """Extensions that belong to the WCS (Calabretta et al., paper IV; HST)."""
+NOT_ASTROMETRY = {"", "EXTNAME", "FILTER", "BUNIT", "MAGZERO", "SKYSIG", "PSFFWHM", "CHECKSUM", "DATASUM", "COMMENT", "HISTORY"}
+"""Keywords in which the bands of a file may differ and still have one WCS."""
 ROLES = {
     **dict.fromkeys(("err", "error", "sigma", "rms"), "sigma"),
     **dict.fromkeys(("variance", "var"), "variance"),
@@ -80,7 +83,7 @@ class _Extension:
     label: str
     version: int
     filter: str
-    header: Mapping[str, Any]
+    header: fits.Header
     shape: tuple[int, ...]
 
     @property
@@ -144,6 +147,7 @@ class _File:
     stamp: Stamp
     content: bytes | None
     wishes: Wishes
+    astrometry: dict[tuple[tuple[str, ...], tuple[int, int]], tuple[WCS | None, float | None]] = field(default_factory=dict)
 
     def planes(self) -> list[Plane]:
         """Planes of all images, cubes taken apart, in the order of the file."""
@@ -187,12 +191,12 @@ class _File:
     def _image_planes(self, image: _Extension, companions: Mapping[str, _Extension]) -> list[Plane]:
         shape = (int(image.shape[-2]), int(image.shape[-1]))
         wcs, problem = None, ""
-        header = ChainMap(image.header, self.file[0].header)  # type: ignore[arg-type]
+        header = ChainMap(image.header, self.file[0].header)
         area = self.wishes.pixel_scale**2 if self.wishes.pixel_scale else None
         factor = None
         try:
-            wcs = celestial_wcs(image.header, self.file)
-            area = pixel_area_arcsec2(wcs, shape[1], shape[0]) if wcs is not None else area
+            wcs, seen = self._astrometry(image, shape)
+            area = area if seen is None else seen
             factor = njy_per_unit(header, self.wishes.zero_point, area)
         except ImageError as error:
             problem = str(error)
@@ -204,6 +208,15 @@ class _File:
             for index in indices
         ]
         return [self._with_companions(plane, companions) for plane in planes]
+
+    def _astrometry(self, image: _Extension, shape: tuple[int, int]) -> tuple[WCS | None, float | None]:
+        """WCS and pixel area (arcsec^2) of an image; images whose headers say the same of it share one WCS."""
+        cards = tuple(str(card) for card in image.header.cards if card.keyword not in NOT_ASTROMETRY)
+        key = (cards, shape)
+        if key not in self.astrometry:
+            wcs = celestial_wcs(image.header, self.file)
+            self.astrometry[key] = wcs, None if wcs is None else pixel_area_arcsec2(wcs, shape[1], shape[0])
+        return self.astrometry[key]
 
     def _with_companions(self, plane: Plane, companions: Mapping[str, _Extension]) -> Plane:
         """The plane with its companions, or with the problem that they have another shape."""
