@@ -19,7 +19,39 @@ from deepdisc_ops.errors import ConfigError
 
 NonEmpty = Field(min_length=1)
 Fraction = Annotated[float, Field(gt=0, le=1)]
-BackboneName = Literal["tiny", "small", "resnet18", "resnet34", "resnet50", "resnet101"]
+NormName = Literal["BN", "GN", "FrozenBN", "SyncBN", "LN"]
+BACKBONES = (
+    *("tiny", "small", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152"),
+    *("mvitv2_t", "mvitv2_s", "mvitv2_b", "mvitv2_l", "mvitv2_h"),
+    *("swin_t", "swin_s", "swin_b", "swin_l", "vitdet_b", "vitdet_l"),
+)
+TIMM = "timm/"  # before the name of any model of timm that gives feature maps
+
+
+def _timm_models() -> list[str]:
+    """Every model that timm knows, or nothing where it is not installed."""
+    try:
+        import timm
+    except ImportError:
+        return []
+    return [f"{TIMM}{name}" for name in timm.list_models()]
+
+
+def _known_backbone(name: str) -> str:
+    """``name``, if there is such a backbone; a timm model passes unseen where timm is not installed."""
+    if name in BACKBONES:
+        return name
+    timm_models = _timm_models()
+    if name.startswith(TIMM) and (name in timm_models or not timm_models):
+        return name
+    candidates = timm_models if name.startswith(TIMM) else (*BACKBONES, *timm_models)
+    wanted = name.lower()
+    near = difflib.get_close_matches(wanted, candidates, n=1) or difflib.get_close_matches(TIMM + wanted, timm_models, n=1)
+    suggestion = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(BACKBONES)}, and the models of timm as {TIMM}NAME"
+    raise ValueError(f"no backbone has this name; {suggestion}")
+
+
+BackboneName = Annotated[str, AfterValidator(_known_backbone)]
 
 
 class Settings(BaseModel):
@@ -82,21 +114,89 @@ class DataSettings(Settings):
 
 
 class BackboneSettings(Settings):
-    """A residual network with a feature pyramid."""
+    """A network of stages, each at half the resolution of the one before, and the feature pyramid over them."""
 
-    name: BackboneName = "small"
+    name: BackboneName = Field("small", description=f"{', '.join(BACKBONES)}, or any timm model with feature maps as {TIMM}NAME")
     stem_stride: Literal[1, 2, 4] = Field(2, description="reduction before the first stage; small for 5-pixel objects")
-    levels: Annotated[int, Field(ge=1, le=4)] = Field(3, description="pyramid levels, each half the resolution of the one before")
-    norm: Literal["BN", "GN", "FrozenBN", "SyncBN"] = "BN"
+    levels: Annotated[int, Field(ge=1, le=5)] = Field(
+        3, description="pyramid levels, each half the resolution of the one before; most networks have 4 stages for them"
+    )
+    norm: NormName = Field("BN", description="of the convolutions; transformers keep their LN and take it in the pyramid alone")
     fpn_channels: PositiveInt = 64
+    fpn_norm: NormName | Literal[""] | None = Field(None, description="of the pyramid: that of norm when not given; '' for none")
+    top_level: bool = Field(False, description="one more level by halving the last, for proposals alone (detectron2's p6)")
+    stem_pool: bool = Field(False, description="residual networks: a max pooling does the last halving, as in published weights")
+    stride_in_1x1: bool = Field(False, description="bottleneck blocks: stride in their first convolution, as in R-50.pkl")
+    drop_path: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        None, description="chance that a block is skipped in training (not in residual networks); the published one when not given"
+    )
+    recompute: bool = Field(
+        False, description="MViTv2, Swin, ViTDet: compute activations inside blocks again backwards; less memory, slower"
+    )
+
+    @model_validator(mode="after")
+    def _possible(self) -> BackboneSettings:
+        family = self.name.split("_", maxsplit=1)[0]
+        residual = self.name in ("tiny", "small") or (family == self.name and self.name.startswith("resnet"))
+        transformer = family in ("mvitv2", "swin", "vitdet")
+        bottleneck = self.name in ("resnet50", "resnet101", "resnet152")
+        if self.levels > 4 and not self.name.startswith(TIMM):
+            raise ValueError(f"{self.name} has 4 stages, not the {self.levels} of levels; top_level adds one without a stage")
+        if self.stem_pool and not residual:
+            raise ValueError(f"stem_pool means nothing for {self.name}; only residual networks can pool in their stem")
+        if self.stem_pool and self.stem_stride == 1:
+            raise ValueError("stem_pool halves the resolution, which stem_stride 1 forbids; set stem_stride to 2 or 4")
+        if self.stride_in_1x1 and not bottleneck:
+            raise ValueError(f"stride_in_1x1 means nothing for {self.name}; resnet50, resnet101 and resnet152 have such blocks")
+        if self.drop_path is not None and residual:
+            raise ValueError(f"drop_path means nothing for {self.name}, whose blocks are never skipped; leave it out")
+        if self.recompute and not transformer:
+            raise ValueError(f"recompute is not possible with {self.name}; MViTv2, Swin and ViTDet can")
+        return self
+
+
+class PoolerSettings(Settings):
+    """ROIAlign: a box of ``canonical_size`` px comes from the level of stride 2^canonical_level (FPN paper, Eq. 1).
+
+    Twice as large a box comes from the next level; boxes beyond the first or last level come from that level.
+    """
+
+    canonical_size: PositiveFloat = Field(14.0, description="detectron2 and the published networks: 224")
+    canonical_level: Annotated[int, Field(ge=0)] = Field(1, description="detectron2 and the published networks: 4")
+    samples: Annotated[int, Field(ge=0)] = Field(0, description="per bin and axis; 0: as many as the bin has feature pixels")
+
+
+class ProposalSettings(Settings):
+    """The region proposal network. Defaults in brackets are those of detectron2 and of the published networks."""
+
+    convolutions: PositiveInt = Field(1, description="3x3 convolutions before objectness and offsets [1; MViTv2: 2]")
+    aspect_ratios: Annotated[tuple[PositiveFloat, ...], NonEmpty] = Field((1.0,), description="height / width [0.5, 1, 2]")
+    anchor_offset: Annotated[float, Field(ge=0, lt=1)] = Field(0.5, description="of the first anchor, in strides [0]")
+    iou: Annotated[tuple[Fraction, Fraction], AfterValidator(_ascending)] = Field(
+        (0.3, 0.6), description="an anchor is background below the first, an object above the second [0.3, 0.7]"
+    )
+    samples: PositiveInt = Field(256, description="anchors per image that train it [256]")
+    nms_threshold: Fraction = Field(0.7, description="[0.7]")
+    before_nms: PositiveInt = Field(1000, description="best proposals per level and image in training, before NMS [2000]")
 
 
 class BoxHeadSettings(Settings):
     """Classification and box regression on pooled features; three stages make a cascade."""
 
     stages: Literal[1, 3] = 1
+    convolutions: tuple[PositiveInt, ...] = Field((), description="channels of 3x3 convolutions before the hidden layers")
+    norm: NormName | Literal[""] = Field("", description="of these convolutions; '' for none")
     hidden: Annotated[tuple[PositiveInt, ...], NonEmpty] = (256,)
     pool: PositiveInt = Field(5, description="side of the pooled feature grid")
+    samples: PositiveInt = Field(128, description="proposals per image that train it [detectron2: 512]")
+    positive_fraction: Fraction = Field(0.5, description="largest share of objects among them [detectron2: 0.25]")
+
+
+class MaskHeadSettings(Settings):
+    """Convolutions on pooled features of 14x14, one transposed to 28x28, and a probability per class."""
+
+    convolutions: PositiveInt = Field(2, description="3x3 convolutions [detectron2: 4]")
+    norm: NormName | Literal[""] = ""
 
 
 class RedshiftHeadSettings(Settings):
@@ -106,10 +206,19 @@ class RedshiftHeadSettings(Settings):
     hidden: tuple[PositiveInt, ...] = (256, 64)
     activation: Literal["tanh", "gelu"] = "gelu"
     pool: PositiveInt = 5
-    sigma_floor: PositiveFloat = Field(0.003, description="smallest width of a component in redshift")
+    ebv: bool = Field(True, description="E(B-V) is one more input")
+    sigma_floor: Annotated[float, Field(ge=0)] = Field(
+        0.003, description="smallest width of a component in redshift; 0: none, as in the published networks"
+    )
     gold_band: str = "i"
-    gold_limit: float = Field(25.3, description="only labelled objects brighter than this train the head, AB mag")
+    gold_limit: float | None = Field(
+        25.3, description="only labelled objects brighter than this train the head, AB mag; none: all of them"
+    )
+    stars: Literal["z_pure", "z_all"] = Field(
+        "z_pure", description="z_pure: galaxies alone train the head; z_all: stars brighter than the limit do too, at z = 0"
+    )
     max_boxes: PositiveInt = Field(64, description="boxes per image that train the head")
+    true_boxes: bool = Field(False, description="the true boxes train it beside the proposals, as in the published networks")
 
 
 class InputSettings(Settings):
@@ -140,10 +249,25 @@ class ModelSettings(Settings):
     pixel_scale: PositiveFloat | None = Field(None, description="arcsec per pixel; taken from the training set when not given")
     input: InputSettings = InputSettings()
     backbone: BackboneSettings = BackboneSettings()
-    anchor_sizes: tuple[PositiveFloat, ...] = (9.0, 16.0, 36.0)
-    proposals_training: PositiveInt = 400
+    backbone_weights: Path | None = Field(
+        None,
+        description="what the backbone of a new run starts from: ImageNet weights (detectron2 .pkl, torchvision or timm .pth), "
+        "a pretrained backbone, a member or a DeepDISC checkpoint",
+    )
+    first_convolution: Literal["reinitialise", "inflate"] = Field(
+        "reinitialise",
+        description="where these weights are of another number of bands: a fresh start (both papers), or their mean over the "
+        "colours for every band, rescaled",
+    )
+    anchor_sizes: tuple[PositiveFloat | tuple[PositiveFloat, ...], ...] = Field(
+        (9.0, 16.0, 36.0), description="of every pyramid level, px: one, or several"
+    )
+    proposals: ProposalSettings = ProposalSettings()
+    proposals_training: PositiveInt = Field(400, description="proposals per image in training, after NMS")
+    pooler: PoolerSettings = PoolerSettings()
     box_head: BoxHeadSettings = BoxHeadSettings()
     mask_head: bool = False
+    mask: MaskHeadSettings = MaskHeadSettings()
     redshift_head: RedshiftHeadSettings = RedshiftHeadSettings()
 
     @model_validator(mode="after")
@@ -156,8 +280,11 @@ class ModelSettings(Settings):
             values = getattr(self.input, name)
             if values is not None and len(values) != len(self.bands):
                 raise ValueError(f"input.{name} has {len(values)} values for {len(self.bands)} bands {self.bands}")
-        if len(self.anchor_sizes) != self.backbone.levels:
-            raise ValueError(f"anchor_sizes has {len(self.anchor_sizes)} values for {self.backbone.levels} pyramid levels")
+        levels = self.backbone.levels + self.backbone.top_level
+        if len(self.anchor_sizes) != levels:
+            raise ValueError(f"anchor_sizes has {len(self.anchor_sizes)} values for {levels} pyramid levels")
+        if len(counts := {len(sizes) if isinstance(sizes, tuple) else 1 for sizes in self.anchor_sizes}) > 1:
+            raise ValueError(f"anchor_sizes has {' and '.join(map(str, sorted(counts)))} sizes a level; give each level as many")
         return self
 
 
@@ -165,7 +292,11 @@ class TrainSettings(Settings):
     """The optimisation."""
 
     steps: PositiveInt = 2000
-    batch_size: PositiveInt = 6
+    epochs: PositiveFloat | None = Field(None, description="passes over the training images, in the place of steps")
+    batch_size: PositiveInt = Field(6, description="images of an optimisation step, over all ranks")
+    accumulate: PositiveInt = Field(
+        1, description="parts in which a batch is computed where memory is short; losses of boxes are then means over a part"
+    )
     optimizer: Literal["adamw", "sgd"] = "adamw"
     lr: PositiveFloat = 2e-3
     weight_decay: Annotated[float, Field(ge=0)] = 1e-3
@@ -174,17 +305,40 @@ class TrainSettings(Settings):
     milestones: tuple[Fraction, ...] = Field((0.3, 0.5, 0.7), description="shares of the steps at which lr falls to a tenth")
     warmup_steps: Annotated[int, Field(ge=0)] = 200
     clip_norm: PositiveFloat = 5.0
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="decay per step of averaged weights, which then are what is validated and kept; 0: no average"
+    )
+    precision: Literal["float32", "bf16", "fp16"] = Field("float32", description="of the products in training; fp16 on GPUs only")
     validate_every: PositiveInt = Field(500, description="steps between passes over the whole validation split")
-    device: str = "cpu"
-    threads: Annotated[int, Field(ge=0)] = Field(0, description="CPU threads; 0 leaves torch's choice")
+    save_every: Annotated[int, Field(ge=0)] = Field(0, description="steps between saves of the state; 0: at validations only")
+    monitor: Annotated[str, Field(pattern=r"^(train_loss|val_(nll|bias|sigma_iqr|outliers|completeness|loss\w*))$")] = Field(
+        "val_nll", description="the metric that decides which checkpoint is best; completeness the higher, all others the lower"
+    )
+    patience: Annotated[int, Field(ge=0)] = Field(
+        0, description="validations in a row without a better monitor that end training; 0: it goes through all steps"
+    )
+    device: str = Field("cpu", description="cpu or cuda; each rank takes a GPU of its own")
+    ranks: PositiveInt = Field(1, description="processes on this machine that train together; torchrun and srun start their own")
+    threads: Annotated[int, Field(ge=0)] = Field(0, description="CPU threads of a rank; 0 leaves torch's choice, which ranks share")
+
+    def score(self, metrics: Mapping[str, float]) -> float:
+        """The monitored metric as a number that is the lower the better."""
+        if self.monitor not in metrics:
+            raise ConfigError(f"train.monitor {self.monitor!r} is not measured; choose one of {', '.join(sorted(metrics))}")
+        value = metrics[self.monitor]
+        return {"val_completeness": -value, "val_bias": abs(value)}.get(self.monitor, value)
 
 
 class InferenceSettings(Settings):
-    """What a trained member does with an image."""
+    """What a trained member does with an image. Values in brackets are those of detectron2 and of the published networks."""
 
     score_threshold: Annotated[float, Field(ge=0, lt=1)] = 0.3
     nms_threshold: Fraction = 0.4
     proposals_per_megapixel: PositiveInt = Field(8000, description="cap on proposals; detections are capped at half of it")
+    fixed_proposals: tuple[PositiveInt, PositiveInt] | None = Field(
+        None, description="instead, the caps on proposals of a tile, per level before NMS and in all after it [1000, 1000]"
+    )
+    max_detections: PositiveInt | None = Field(None, description="instead, the cap on detections of a tile [100]")
     tile: PositiveInt = Field(512, description="side of the square the network sees at once")
     overlap: PositiveInt = Field(64, description="pixels that neighbouring tiles share")
 
@@ -203,6 +357,33 @@ class TrainingConfig(Settings):
     model: ModelSettings = ModelSettings()
     train: TrainSettings = TrainSettings()
     inference: InferenceSettings = InferenceSettings()
+
+
+class PretrainSettings(Settings):
+    """Pretraining of a backbone on single galaxies: two layers on its deepest features predict the redshift (JADES paper, 4.1)."""
+
+    seed: Annotated[int, Field(ge=0)] = 0
+    cutouts: Path = Field(Path("cutouts.h5"), description="HDF5 of GalaxiesML's form, or one that `data cutouts` has made")
+    zero_point: float | None = Field(None, description="AB zero point of the pixels where the file does not tell it")
+    model: ModelSettings = ModelSettings()
+    augment: AugmentSettings = AugmentSettings()
+    held_out: Annotated[float, Field(gt=0, lt=1)] = Field(0.1, description="share of the cutouts that validate")
+    hidden: PositiveInt = Field(256, description="width of the layer between features and redshift")
+    steps: PositiveInt = 2000
+    epochs: PositiveFloat | None = Field(None, description="passes over the cutouts, in the place of steps")
+    batch_size: PositiveInt = 64
+    optimizer: Literal["adamw", "sgd"] = "sgd"
+    lr: PositiveFloat = 1e-2
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    schedule: Literal["cosine", "multistep", "constant"] = "cosine"
+    milestones: tuple[Fraction, ...] = Field((0.3, 0.5, 0.7), description="shares of the steps at which lr falls to a tenth")
+    warmup_steps: Annotated[int, Field(ge=0)] = 100
+    clip_norm: PositiveFloat = 5.0
+    validate_every: PositiveInt = 200
+    workers: Annotated[int, Field(ge=0)] = 0
+    device: str = "cpu"
+    threads: Annotated[int, Field(ge=0)] = 0
 
 
 class SkySettings(Settings):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shlex
 import sys
 import tempfile
@@ -19,7 +20,10 @@ from rich.table import Table
 import deepdisc_ops
 from deepdisc_ops.cli.console import console, progress_bar
 from deepdisc_ops.cli.data import data_app
+from deepdisc_ops.cli.model import model_app
+from deepdisc_ops.cli.pretrain import pretrain
 from deepdisc_ops.cli.truth import truth_app
+from deepdisc_ops.cli.weights import weights_app
 from deepdisc_ops.errors import ConfigError, DeepdiscOpsError
 
 if TYPE_CHECKING:
@@ -39,9 +43,12 @@ for name, sub in {
     "serve": serve_app,
     "setup": setup_app,
     "data": data_app,
+    "model": model_app,
     "truth": truth_app,
+    "weights": weights_app,
 }.items():
     app.add_typer(sub, name=name)
+app.command()(pretrain)
 
 REFERENCE_WORDS = ("out", "reference", "packed", "processes")  # what may be said with --reference
 STRIDE = 32  # windows start on multiples of any network's stride
@@ -174,21 +181,27 @@ def train(
 ) -> None:
     """Train one network; writes OUT/best (the member), OUT/last (to resume) and OUT/loss.png.
 
+    SIGTERM and SIGUSR1 save after the step in flight and end with exit code 85: start the same command again. Under torchrun or
+    srun each process is a rank; `--set train.ranks=4` starts four on this machine.
+
     Example: `deepdisc-ops train tune/member.yaml --out runs/a --set data.path=scenes --set train.steps=500`
     """
     from deepdisc_ops import config as settings
 
     loaded = settings.load(config, overrides or (), settings.TrainingConfig)
-    from deepdisc_ops.training import loop
+    from deepdisc_ops.training import distributed, loop
 
-    with progress_bar("training", loaded.train.steps, "steps") as advance:
+    world = distributed.world_from_environment(os.environ)
+    total = loop.planned_steps(loaded)
+    with progress_bar("training", total, "steps") as advance:
 
         def report(step: int, metrics: Any) -> None:
             names = ("val_nll", "val_sigma_iqr", "val_completeness")
             advance(step, ", ".join(f"{name} {metrics[name]:.4f}" for name in names))
 
-        best = loop.train(loaded, out, report=report)
-    console.print(f"best checkpoint in {best}, curves in {out / 'loss.png'}")
+        best = loop.train(loaded, out, report=report, world=world)
+    if world is None or world.main:
+        console.print(f"best checkpoint in {best}, curves in {out / 'loss.png'}")
 
 
 @sweep_app.command("run")

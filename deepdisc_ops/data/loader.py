@@ -209,9 +209,14 @@ def label(objects: Objects, info: DatasetInfo, model: ModelSettings, data: DataS
 def gold_redshift(
     classes: NDArray[np.integer], mag: NDArray[np.floating], redshift: NDArray[np.floating], model: ModelSettings
 ) -> NDArray[np.float32]:
-    """Redshifts (N,) that train the redshift head: those of galaxies brighter than the gold limit; NaN for all others."""
-    gold = (classes == GALAXY) & (mag < model.redshift_head.gold_limit)
-    return np.where(gold, redshift, np.nan).astype(np.float32)
+    """Redshifts (N,) that train the redshift head: those of galaxies brighter than the gold limit; NaN for all others.
+
+    z_all adds stars brighter than the limit, at z = 0 (LSST paper).
+    """
+    head = model.redshift_head
+    gold = np.ones(len(mag), bool) if head.gold_limit is None else mag < head.gold_limit
+    known = np.where(classes == GALAXY, redshift, 0.0 if head.stars == "z_all" else np.nan)
+    return np.where(gold, known, np.nan).astype(np.float32)
 
 
 def training_redshifts(records: Records, model: ModelSettings) -> tuple[NDArray[np.float32], NDArray[np.intp]]:
@@ -307,7 +312,7 @@ def _draw(drawn: NDArray[np.bool_], mask: RunLengths, window: Window) -> None:
 
 
 def _check_gold_band(info: DatasetInfo, model: ModelSettings) -> None:
-    if model.redshift_head.gold_band != info.gold_band:
+    if model.redshift_head.gold_limit is not None and model.redshift_head.gold_band != info.gold_band:
         raise ConfigError(
             f"model.redshift_head.gold_band is {model.redshift_head.gold_band!r}, the data's magnitudes are {info.gold_band!r}"
         )

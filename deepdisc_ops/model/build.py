@@ -1,7 +1,7 @@
 """The whole network: pixels to boxes, then boxes to redshift densities.
 
 Inference runs in two steps, `detect` and `redshift`, so that E(B-V) can be looked up at the boxes in between and
-boxes from a catalogue can take the place of detected ones. The network sees tensors only.
+boxes from a catalogue can take the place of detected ones; `masks` is a third, for who asks. The network sees tensors only.
 Glossary: B images, C bands, H x W pixels (multiples of the stride), N boxes of all images, K components.
 """
 
@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import islice
 
 import torch
+from detectron2.modeling.proposal_generator.proposal_utils import add_ground_truth_to_proposals
 from detectron2.modeling.roi_heads import select_foreground_proposals
 from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import EventStorage
@@ -19,36 +21,36 @@ from torch import Tensor, nn
 from deepdisc_ops.config import InferenceSettings, InputSettings, ModelSettings
 from deepdisc_ops.errors import ConfigError
 from deepdisc_ops.model.backbones import build_backbone
-from deepdisc_ops.model.heads import RedshiftHead, build_box_heads, build_proposals
+from deepdisc_ops.model.heads import RedshiftHead, build_box_heads, build_proposals, mask_crops
 from deepdisc_ops.photoz.mixture import GaussianMixture
 
 Features = dict[str, Tensor]
 
 
 class DeepDisc(nn.Module):
-    """Backbone, proposals, box heads, optional masks and the redshift head."""
+    """Backbone, proposals, box heads, optional masks and the redshift head.
 
+    Image sides must be multiples of ``stride`` pixels.
+    """
+
+    stride: int
     offset: Tensor
     scale: Tensor
 
     def __init__(self, model: ModelSettings, inference: InferenceSettings) -> None:
         super().__init__()
         self.backbone = build_backbone(len(model.bands), model.backbone)
-        shapes = self.backbone.output_shape()
-        self.proposals = build_proposals(shapes, model)
+        every_level = self.backbone.output_shape()
+        shapes = dict(islice(every_level.items(), model.backbone.levels))  # a top level is for proposals alone
+        self.proposals = build_proposals(every_level, model)
         self.box_heads = build_box_heads(shapes, model, inference)
-        self.redshift_head = RedshiftHead(shapes, model.redshift_head)
-        self.max_redshift_boxes = model.redshift_head.max_boxes
-        self.proposals_per_megapixel = inference.proposals_per_megapixel
+        self.redshift_head = RedshiftHead(shapes, model.redshift_head, model.pooler)
+        self.stride = max(self.backbone.size_divisibility, *(shape.stride for shape in shapes.values()))
+        self.redshift_settings, self.inference = model.redshift_head, inference
         self.scaling = model.input.scaling
         offset, scale = input_scaling(model.input, len(model.bands))
         self.register_buffer("offset", offset.view(1, -1, 1, 1), persistent=False)
         self.register_buffer("scale", scale.view(1, -1, 1, 1), persistent=False)
-
-    @property
-    def stride(self) -> int:
-        """Image sides must be multiples of this many pixels."""
-        return max(self.backbone.size_divisibility, *(shape.stride for shape in self.backbone.output_shape().values()))
 
     def features(self, images: Tensor) -> Features:
         """Pyramid of images (B, C, H, W) in nJy."""
@@ -66,6 +68,8 @@ class DeepDisc(nn.Module):
             proposals, losses = self.proposals(image_list, features, list(targets))
             sampled, head_losses = self.box_heads(image_list, features, proposals, list(targets))
         losses |= head_losses
+        if self.redshift_settings.true_boxes:
+            sampled = add_ground_truth_to_proposals(list(targets), sampled)
         losses["loss_redshift"] = self._redshift_loss(features, sampled)
         return losses
 
@@ -85,7 +89,7 @@ class DeepDisc(nn.Module):
             bare.gt_redshift, bare.gt_ebv = empty, empty
             return bare
         index = torch.nonzero(torch.isfinite(instances.gt_redshift)).flatten()
-        chosen = index[torch.randperm(len(index), device=index.device)[: self.max_redshift_boxes]]
+        chosen = index[torch.randperm(len(index), device=index.device)[: self.redshift_settings.max_boxes]]
         return instances[chosen]
 
     def detect(self, images: Tensor) -> tuple[Features, list[Instances]]:
@@ -102,14 +106,21 @@ class DeepDisc(nn.Module):
         """Second step: mixtures of given boxes (per image) with E(B-V) (N,)."""
         return self.redshift_head(features, boxes, ebv)
 
+    def masks(self, features: Features, boxes: Sequence[Boxes], classes: Tensor) -> Tensor:
+        """Third step, given a mask head: probabilities (N, 28, 28) inside of given boxes (per image) of ``classes`` (N,)."""
+        if not self.box_heads.mask_on:
+            raise ConfigError("this network has no mask head; train one with model.mask_head on to get masks")
+        return mask_crops(self.box_heads, features, boxes, classes)
+
     def _cap(self, pixels: int) -> None:
-        """Proposals by what the area can hold, not by a constant that truncates a crowded field."""
-        cap = max(100, math.ceil(self.proposals_per_megapixel * pixels / 1e6))
-        self.proposals.pre_nms_topk[False] = 2 * cap
-        self.proposals.post_nms_topk[False] = cap
+        """Proposals by what the area can hold, not by a constant that truncates a crowded field, unless one is asked for."""
+        cap = max(100, math.ceil(self.inference.proposals_per_megapixel * pixels / 1e6))
+        before, after = self.inference.fixed_proposals or (2 * cap, cap)
+        self.proposals.pre_nms_topk[False] = before
+        self.proposals.post_nms_topk[False] = after
         predictors = self.box_heads.box_predictor
         for predictor in predictors if isinstance(predictors, nn.ModuleList) else [predictors]:
-            predictor.test_topk_per_image = max(50, cap // 2)
+            predictor.test_topk_per_image = self.inference.max_detections or max(50, cap // 2)
 
 
 def input_scaling(settings: InputSettings, bands: int) -> tuple[Tensor, Tensor]:

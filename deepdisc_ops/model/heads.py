@@ -1,5 +1,6 @@
 """Heads on the feature pyramid: proposals, boxes, masks, and the redshift density.
 
+The heads take their features from the pyramid's levels; proposals may come from one level more (`BackboneSettings.top_level`).
 Glossary: B images, N boxes of all images in their order, K mixture components, D = channels x pool x pool.
 """
 
@@ -8,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import cast
+from typing import Any, cast
 
 import torch
 from detectron2.layers import ShapeSpec
@@ -27,47 +28,55 @@ from detectron2.modeling.roi_heads import (
 from detectron2.structures import Boxes
 from torch import Tensor, nn
 
-from deepdisc_ops.config import InferenceSettings, ModelSettings, RedshiftHeadSettings
+from deepdisc_ops.config import InferenceSettings, ModelSettings, PoolerSettings, RedshiftHeadSettings
+from deepdisc_ops.model.backbones.layers import norm_layer
 from deepdisc_ops.photoz.mixture import GaussianMixture
 
 Shapes = dict[str, ShapeSpec]
 CASCADE_IOU = (0.5, 0.6, 0.7)
 CASCADE_WEIGHTS = ((10.0, 10.0, 5.0, 5.0), (20.0, 20.0, 10.0, 10.0), (30.0, 30.0, 15.0, 15.0))
 MASK_POOL = 14
+MASK_CHUNK = 256
+"""Masks are computed for so many boxes at a time: 0.2 GB of features, however many boxes a tile has."""
 
 
-def roi_pooler(shapes: Shapes, size: int) -> ROIPooler:
-    """Pool boxes from the level on which they are about 7 feature pixels wide."""
+def roi_pooler(shapes: Shapes, size: int, settings: PoolerSettings) -> ROIPooler:
+    """Pool every box from the level that fits its size to a grid of ``size`` x ``size``."""
     strides = [shape.stride for shape in shapes.values()]
     return ROIPooler(
         output_size=size,
         scales=[1 / stride for stride in strides],
-        sampling_ratio=0,
+        sampling_ratio=settings.samples,
         pooler_type="ROIAlignV2",
-        canonical_box_size=14,
-        canonical_level=1,
+        canonical_box_size=settings.canonical_size,
+        canonical_level=settings.canonical_level,
     )
 
 
 def build_proposals(shapes: Shapes, model: ModelSettings) -> RPN:
-    """A region proposal network with one square anchor size a level."""
-    channels = next(iter(shapes.values())).channels
+    """A region proposal network with anchors of every size and aspect ratio on each level."""
+    channels, settings = next(iter(shapes.values())).channels, model.proposals
+    sizes = [list(size) if isinstance(size, tuple) else [size] for size in model.anchor_sizes]
     return RPN(
         in_features=list(shapes),
-        head=StandardRPNHead(in_channels=channels, num_anchors=1),
-        anchor_generator=DefaultAnchorGenerator(
-            sizes=[[size] for size in model.anchor_sizes],
-            aspect_ratios=[1.0],
-            strides=[shape.stride for shape in shapes.values()],
-            offset=0.5,
+        head=StandardRPNHead(
+            in_channels=channels,
+            num_anchors=len(sizes[0]) * len(settings.aspect_ratios),
+            conv_dims=[channels] * settings.convolutions,
         ),
-        anchor_matcher=Matcher([0.3, 0.6], [0, -1, 1], allow_low_quality_matches=True),
+        anchor_generator=DefaultAnchorGenerator(
+            sizes=sizes,
+            aspect_ratios=list(settings.aspect_ratios),
+            strides=[shape.stride for shape in shapes.values()],
+            offset=settings.anchor_offset,
+        ),
+        anchor_matcher=Matcher(list(settings.iou), [0, -1, 1], allow_low_quality_matches=True),
         box2box_transform=Box2BoxTransform((1.0, 1.0, 1.0, 1.0)),
-        batch_size_per_image=256,
+        batch_size_per_image=settings.samples,
         positive_fraction=0.5,
-        pre_nms_topk=(1000, 1000),
+        pre_nms_topk=(settings.before_nms, settings.before_nms),
         post_nms_topk=(model.proposals_training, model.proposals_training),
-        nms_thresh=0.7,
+        nms_thresh=settings.nms_threshold,
     )
 
 
@@ -78,7 +87,10 @@ def build_box_heads(shapes: Shapes, model: ModelSettings, inference: InferenceSe
 
     def box_head() -> FastRCNNConvFCHead:
         return FastRCNNConvFCHead(
-            ShapeSpec(channels=channels, height=head.pool, width=head.pool), conv_dims=[], fc_dims=list(head.hidden)
+            ShapeSpec(channels=channels, height=head.pool, width=head.pool),
+            conv_dims=list(head.convolutions),
+            fc_dims=list(head.hidden),
+            conv_norm=norm_layer(head.norm),
         )
 
     def predictor(weights: tuple[float, ...]) -> FastRCNNOutputLayers:
@@ -93,19 +105,13 @@ def build_box_heads(shapes: Shapes, model: ModelSettings, inference: InferenceSe
 
     common = {
         "num_classes": classes,
-        "batch_size_per_image": 128,
-        "positive_fraction": 0.5,
+        "batch_size_per_image": head.samples,
+        "positive_fraction": head.positive_fraction,
         "box_in_features": list(shapes),
-        "box_pooler": roi_pooler(shapes, head.pool),
+        "box_pooler": roi_pooler(shapes, head.pool, model.pooler),
     }
     if model.mask_head:
-        common |= {
-            "mask_in_features": list(shapes),
-            "mask_pooler": roi_pooler(shapes, MASK_POOL),
-            "mask_head": MaskRCNNConvUpsampleHead(
-                ShapeSpec(channels=channels, height=MASK_POOL, width=MASK_POOL), num_classes=classes, conv_dims=[channels] * 3
-            ),
-        }
+        common |= _mask_head(shapes, model)
     if cascade:
         return CascadeROIHeads(
             box_heads=[box_head() for _ in CASCADE_IOU],
@@ -118,20 +124,50 @@ def build_box_heads(shapes: Shapes, model: ModelSettings, inference: InferenceSe
     )
 
 
+def _mask_head(shapes: Shapes, model: ModelSettings) -> dict[str, Any]:
+    channels = next(iter(shapes.values())).channels
+    return {
+        "mask_in_features": list(shapes),
+        "mask_pooler": roi_pooler(shapes, MASK_POOL, model.pooler),
+        "mask_head": MaskRCNNConvUpsampleHead(
+            ShapeSpec(channels=channels, height=MASK_POOL, width=MASK_POOL),
+            num_classes=len(model.classes),
+            conv_dims=[channels] * (model.mask.convolutions + 1),
+            conv_norm=norm_layer(model.mask.norm),
+        ),
+    }
+
+
+def mask_crops(heads: StandardROIHeads, features: dict[str, Tensor], boxes: Sequence[Boxes], classes: Tensor) -> Tensor:
+    """Probability (N, 28, 28) that each part of a box belongs to its object, of ``classes`` (N,); heads with a mask head.
+
+    Row i of a mask covers the box from y0 + i h / 28 to y0 + (i + 1) h / 28; nothing is pasted into the image.
+    """
+    maps = [features[name] for name in heads.mask_in_features]
+    logits = [
+        heads.mask_head.layers(heads.mask_pooler([level[image : image + 1] for level in maps], [Boxes(part)]))
+        for image, of_image in enumerate(boxes)
+        for part in of_image.tensor.split(MASK_CHUNK)
+    ]
+    of_all = torch.cat(logits)
+    return of_all[torch.arange(len(of_all), device=of_all.device), classes].float().sigmoid()
+
+
 class RedshiftHead(nn.Module):
     """Pooled features and E(B-V) to a Gaussian mixture in redshift (LSST paper, Table 1).
 
     The same boxes-to-features step serves training and inference.
     """
 
-    def __init__(self, shapes: Shapes, settings: RedshiftHeadSettings) -> None:
+    def __init__(self, shapes: Shapes, settings: RedshiftHeadSettings, pooler: PoolerSettings) -> None:
         super().__init__()
         channels = next(iter(shapes.values())).channels
         self.levels = list(shapes)
         self.components = settings.components
-        self.log_floor = math.log(settings.sigma_floor)
-        self.pooler = roi_pooler(shapes, settings.pool)
-        sizes = [channels * settings.pool**2 + 1, *settings.hidden]
+        self.takes_ebv = settings.ebv
+        self.log_floor = math.log(settings.sigma_floor) if settings.sigma_floor > 0 else -math.inf
+        self.pooler = roi_pooler(shapes, settings.pool, pooler)
+        sizes = [channels * settings.pool**2 + settings.ebv, *settings.hidden]
         activation = nn.Tanh if settings.activation == "tanh" else nn.GELU
         layers = [layer for a, b in pairwise(sizes) for layer in (nn.Linear(a, b), activation())]
         self.mixture = nn.Sequential(*layers, nn.Linear(sizes[-1], 3 * settings.components))
@@ -147,7 +183,9 @@ class RedshiftHead(nn.Module):
 
     def forward(self, features: dict[str, Tensor], boxes: Sequence[Boxes], ebv: Tensor) -> GaussianMixture:
         """Mixtures of N boxes (all images in order) with E(B-V) (N,) in mag."""
-        pooled = self.pooler([features[name] for name in self.levels], list(boxes)).flatten(1)
-        logits, means, log_sigmas = self.mixture(torch.cat([pooled, ebv[:, None]], dim=1)).float().split(self.components, dim=1)
+        seen = self.pooler([features[name] for name in self.levels], list(boxes)).flatten(1)
+        if self.takes_ebv:
+            seen = torch.cat([seen, ebv[:, None]], dim=1)
+        logits, means, log_sigmas = self.mixture(seen).float().split(self.components, dim=1)
         floor = torch.full_like(log_sigmas, self.log_floor)
         return GaussianMixture(logits, means, torch.logaddexp(log_sigmas, floor))

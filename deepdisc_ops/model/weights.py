@@ -1,19 +1,26 @@
-"""A trained network on disk: safetensors weights and, beside them, a YAML of everything needed to use them."""
+"""A trained network on disk: safetensors weights and, beside them, a YAML of everything needed to use them.
+
+Weights of other programs are read here too, never by a pickle that may run code, and told key by key (`KeyReport`).
+"""
 
 from __future__ import annotations
 
+import pickle
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 import deepdisc_ops
 from deepdisc_ops.config import TrainingConfig, validate
@@ -122,13 +129,7 @@ def copy_weights(source: Path, target: Path, *, half: bool = False) -> None:
 def load_network(weights: Path, config: TrainingConfig, device: str = "cpu") -> DeepDisc:
     """Build the network of ``config`` and fill it from a safetensors file, in evaluation mode."""
     network = DeepDisc(config.model, config.inference)
-    try:
-        network.load_state_dict(load_file(weights))
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"weights {weights} cannot be read ({error}); fetch or train them again") from None
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"weights {weights} do not fit their config: {reason}") from None
+    fill(network, read_safetensors(weights), config.model.bands, str(weights))
     return network.eval().to(torch.device(device))
 
 
@@ -136,3 +137,110 @@ def load_member(folder: Path, device: str = "cpu") -> tuple[DeepDisc, MemberInfo
     """A checkpoint folder as a network ready for inference and its description."""
     info = read_info(folder)
     return load_network(folder / WEIGHTS, info.config, device), info
+
+
+@dataclass
+class KeyReport:
+    """What became of every key: of a file (matched, adapted, ignored, each with a word on it), and of the network (left).
+
+    Keys left are those the file does not have; they keep the values they had.
+    """
+
+    matched: dict[str, str] = field(default_factory=dict)
+    adapted: dict[str, str] = field(default_factory=dict)
+    ignored: dict[str, str] = field(default_factory=dict)
+    left: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        counts = f"{len(self.matched)} matched, {len(self.adapted)} adapted, {len(self.ignored)} ignored, {len(self.left)} left"
+        parts = [f"{key}: {what}" for key, what in self.adapted.items()]
+        parts += [f"{name} {shorten(keys)}" for name, keys in (("ignored", self.ignored), ("left", self.left)) if keys]
+        return "; ".join([counts, *parts])
+
+    def rows(self) -> Iterator[tuple[str, str, str]]:
+        """Key, what became of it, and the word on it."""
+        for what in ("matched", "adapted", "ignored"):
+            for key, word in getattr(self, what).items():
+                yield key, what, word
+        for key in self.left:
+            yield key, "left", "not in the file"
+
+
+def shorten(keys: Iterable[str], groups: int = 4) -> str:
+    """Keys by the module they belong to, with their number: ``box_heads.mask_head.deconv (2), backbone.bottom_up.res4 (30)``."""
+    counts = Counter(".".join(key.split(".")[:-1][:3]) or key for key in keys)
+    text = ", ".join(f"{name} ({count})" if count > 1 else name for name, count in counts.most_common(groups))
+    return text + (f" and {len(counts) - groups} more" if len(counts) > groups else "")
+
+
+def fill(network: nn.Module, tensors: Mapping[str, Tensor], bands: Iterable[str], source: str) -> None:
+    """Load all of a network of ``bands``, or say which keys are missing, unknown or of another shape."""
+    have = network.state_dict()
+    first = first_convolution(network)
+    if first in tensors and tensors[first].dim() == have[first].dim() and tensors[first].shape[1] != have[first].shape[1]:
+        names = tuple(bands)
+        raise CheckpointError(
+            f"weights {source} are of a network of {tensors[first].shape[1]} bands, the config names {len(names)} "
+            f"({', '.join(names)}); give the bands it was trained with, in its order"
+        )
+    misshapen = [key for key in have if key in tensors and tensors[key].shape != have[key].shape]
+    faults = [
+        f"{what} {shorten(keys)}"
+        for what, keys in (
+            ("missing", [key for key in have if key not in tensors]),
+            ("unknown", [key for key in tensors if key not in have]),
+            ("of another shape", misshapen),
+        )
+        if keys
+    ]
+    if misshapen:
+        key = misshapen[0]
+        faults.append(f"as {key}, {tuple(tensors[key].shape)} instead of {tuple(have[key].shape)}")
+    if faults:
+        raise CheckpointError(f"weights {source} do not fit their config: {'; '.join(faults)}; use the config they were made with")
+    network.load_state_dict(dict(tensors))
+
+
+def first_convolution(network: nn.Module) -> str:
+    """Key of the weights that meet the bands, in a whole network or a backbone; the pyramid over it comes before it in order."""
+    names = [name for name, module in network.named_modules() if isinstance(module, nn.Conv2d)]
+    inside = [name for name in names if "fpn_" not in name and "simfp_" not in name]
+    return f"{inside[0]}.weight"
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"weights {path} cannot be read ({error}); fetch or train them again") from None
+
+
+def read_torch(path: Path) -> dict[str, Any]:
+    """A mapping that torch.save wrote; tensors, NumPy values and plain containers, never other Python objects."""
+    try:
+        with torch.serialization.safe_globals(_numpy_globals()):
+            tree = torch.load(path, weights_only=True, map_location="cpu")
+    except pickle.UnpicklingError as error:
+        foreign = "Unsupported global" in str(error) or "Unsupported class" in str(error)
+        reason = "it holds Python objects besides tensors" if foreign else " ".join(str(error).split())[:120]
+        remedy = "save its weights alone where you trust it" if foreign else "fetch it again"
+        raise CheckpointError(f"{path} is not read ({reason}); {remedy}") from None
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
+        raise CheckpointError(f"{path} cannot be read ({' '.join(str(error).split())[:120]}); fetch it again") from None
+    if not isinstance(tree, dict):
+        raise CheckpointError(f"{path} holds a {type(tree).__name__}; expected a mapping of names to tensors")
+    return tree
+
+
+def numpy_makers() -> dict[tuple[str, str], Any]:
+    """What a pickle needs to make NumPy arrays and scalars, by module and name as NumPy 1 and 2 write them."""
+    makers: dict[tuple[str, str], Any] = {("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype}
+    for name, value in (("_reconstruct", np.empty(0)), ("scalar", np.float64(0))):
+        makers |= {(f"numpy.{room}.multiarray", name): value.__reduce__()[0] for room in ("core", "_core")}
+    return makers
+
+
+def _numpy_globals() -> list[Any]:
+    named = [(maker, f"{module}.{name}") for (module, name), maker in numpy_makers().items()]
+    return [*named, *{type(np.dtype(kind)) for kind in "fdeilqbB?"}]

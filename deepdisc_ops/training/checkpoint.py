@@ -1,17 +1,20 @@
-"""The whole state of a training run in one file, so that a run killed at any moment goes on where it was."""
+"""The whole state of a training run in one file, so that a run killed at any moment goes on where it was.
+
+Random numbers are no part of it: every step is seeded by the run's seed, its own number and its rank.
+"""
 
 from __future__ import annotations
 
 import os
 import pickle
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from deepdisc_ops.config import TrainingConfig, flatten
+from deepdisc_ops.config import Settings, flatten
 from deepdisc_ops.errors import CheckpointError
 
 STATE = "state.pt"
@@ -19,11 +22,30 @@ STATE = "state.pt"
 
 @dataclass
 class TrainingState:
-    """Steps done, the best validation so far, and every record of the curves."""
+    """Steps done, the best validation so far, and every record of the curves.
+
+    ``best`` is a score, lower is better; ``stale`` counts the validations since; ``loss_sum`` and ``loss_steps`` are of the
+    steps since the latest validation.
+    """
 
     step: int = 0
     best: float = float("inf")
+    stale: int = 0
+    loss_sum: float = 0.0
+    loss_steps: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
+
+    def add_loss(self, loss: float) -> None:
+        """Count a step."""
+        self.step += 1
+        self.loss_sum += loss
+        self.loss_steps += 1
+
+    def take_mean_loss(self) -> float:
+        """Mean loss since this was last asked."""
+        mean = self.loss_sum / max(self.loss_steps, 1)
+        self.loss_sum, self.loss_steps = 0.0, 0
+        return mean
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
@@ -32,6 +54,8 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     staging = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         write(staging)
+        with staging.open("rb") as written:  # some file systems tell only now that they are full
+            os.fsync(written.fileno())
         staging.replace(path)
     except (OSError, RuntimeError) as error:
         raise CheckpointError(f"{path} could not be written ({error}); the file before it is untouched") from None
@@ -39,18 +63,19 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         staging.unlink(missing_ok=True)
 
 
-def save_state(folder: Path, state: TrainingState, config: TrainingConfig, **parts: Any) -> None:
-    """Write state, config, the generators' states and the state_dict of each of ``parts`` to ``folder``/state.pt."""
+def save_state(folder: Path, state: TrainingState, config: Settings, **parts: Any) -> None:
+    """Write state, config and the state_dict of each of ``parts`` to ``folder``/state.pt."""
+    for left in folder.glob(f".{STATE}.*"):  # by a run that was killed while it wrote
+        left.unlink(missing_ok=True)
     tree = {name: part.state_dict() for name, part in parts.items()}
-    tree |= {"step": state.step, "best": state.best, "history": state.history, "config": _identity(config)}
-    tree |= {"rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()}
+    tree |= asdict(state) | {"config": _identity(config)}
     write_atomically(folder / STATE, lambda path: torch.save(tree, path))
 
 
-def load_state(folder: Path, config: TrainingConfig, **parts: Any) -> TrainingState:
-    """Restore ``parts`` and the generators from ``folder``/state.pt; a fresh state where there is none.
+def load_state(folder: Path, config: Settings, **parts: Any) -> TrainingState:
+    """Restore ``parts`` from ``folder``/state.pt; a fresh state where there is none.
 
-    A run goes on only under the config it was started with (device, threads, workers and cache may differ).
+    A run goes on only under the config it was started with (what `_FREE` names may differ).
     """
     tree = _read(folder / STATE, *parts)
     if tree is None:
@@ -63,10 +88,7 @@ def load_state(folder: Path, config: TrainingConfig, **parts: Any) -> TrainingSt
         )
     for name, part in parts.items():
         part.load_state_dict(tree[name])
-    torch.set_rng_state(tree["rng"])
-    if len(tree["cuda_rng"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(tree["cuda_rng"])
-    return TrainingState(tree["step"], tree["best"], tree["history"])
+    return TrainingState(**{entry.name: tree[entry.name] for entry in fields(TrainingState)})
 
 
 def read_history(folder: Path) -> list[dict[str, float]]:
@@ -83,13 +105,19 @@ def _read(path: Path, *parts: str) -> dict[str, Any] | None:
     except (RuntimeError, ValueError, EOFError, OSError, pickle.UnpicklingError) as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{path} cannot be read ({reason}); delete {path.parent} to start the run anew") from None
-    missing = {"step", "best", "history", "config", "rng", "cuda_rng", *parts} - set(tree)
+    missing = {*(entry.name for entry in fields(TrainingState)), "config", *parts} - set(tree)
     if missing:
         raise CheckpointError(f"{path} lacks {', '.join(sorted(missing))}; delete {path.parent} to start the run anew")
     return tree
 
 
-def _identity(config: TrainingConfig) -> dict[str, str]:
+_FREE = {
+    *("train.device", "train.ranks", "train.threads", "train.save_every"),
+    *("data.cache_gb", "data.workers", "data.path"),
+    *("device", "threads", "workers", "cutouts"),  # of pretraining
+}
+
+
+def _identity(config: Settings) -> dict[str, str]:
     """The settings that decide what a run computes, by dotted key."""
-    free = {"train.device", "train.threads", "data.cache_gb", "data.workers", "data.path"}
-    return {key: value for key, value in flatten(config.model_dump(mode="json")).items() if key not in free}
+    return {key: value for key, value in flatten(config.model_dump(mode="json")).items() if key not in _FREE}

@@ -7,107 +7,215 @@ from __future__ import annotations
 
 import logging
 import math
-import time
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from detectron2.structures import Instances
-from torch import Tensor, nn
 
-from deepdisc_ops.config import DataSettings, InputSettings, ModelSettings, TrainingConfig, TrainSettings
-from deepdisc_ops.data.loader import CropDataset, measure_pixels, open_batches, training_redshifts
+from deepdisc_ops.config import DataSettings, InputSettings, ModelSettings, TrainingConfig
+from deepdisc_ops.data.loader import Batch, CropDataset, measure_pixels, open_batches, training_redshifts
 from deepdisc_ops.data.store import Dataset, Records, open_dataset
 from deepdisc_ops.errors import ConfigError, TrainingError
 from deepdisc_ops.model.build import DeepDisc
+from deepdisc_ops.model.pretrained import initialise
 from deepdisc_ops.model.weights import recover, save_member
 from deepdisc_ops.photoz.figures import loss_curves, write_figure
-from deepdisc_ops.training.checkpoint import load_state, save_state
+from deepdisc_ops.training.checkpoint import STATE, TrainingState, load_state, save_state
+from deepdisc_ops.training.distributed import Report, World, check_devices, spawn
+from deepdisc_ops.training.meter import TIMINGS, Meter
+from deepdisc_ops.training.sampling import seed_step
+from deepdisc_ops.training.signals import Requeue, StopRequest, stop_requests
+from deepdisc_ops.training.step import FaultyLoss, Optimisation, Part
 from deepdisc_ops.training.targets import to_instances
 from deepdisc_ops.training.validation import validate
 
-Report = Callable[[int, Mapping[str, float]], None]
 log = logging.getLogger(__name__)
 
 
-def train(config: TrainingConfig, out: Path, *, report: Report | None = None) -> Path:
-    """Train to ``config.train.steps`` and return the folder of the best checkpoint, ``out``/best.
+def train(config: TrainingConfig, out: Path, *, report: Report | None = None, world: World | None = None) -> Path:
+    """Train to the last step, or until ``train.patience`` is at its end, and return the folder of the best checkpoint.
 
-    Goes on from ``out``/last if it is there. At each validation writes ``last`` and, at a lower validation NLL, ``best``,
-    draws ``loss.png``, then calls ``report``; what ``report`` raises ends the run with all of that on disk.
+    That is ``out``/best. Goes on from ``out``/last if it is there. At each validation writes ``last`` and, where
+    ``train.monitor`` is better than before, ``best``, draws ``loss.png``, then calls ``report``; what ``report`` raises ends the
+    run with all of that on disk. With ``train.ranks`` above 1 the work is done in processes started here, and ``report`` is
+    still called in this one; ``world`` tells instead that this process is a rank which somebody else has started. SIGTERM and
+    SIGUSR1 (in the main thread) end the run after the step in flight with `Requeue`, its state saved.
     """
-    dataset = open_dataset(config.data.path)
-    records = dataset.records("train", fraction=config.data.fraction, partition=config.data.partition)
-    held_out = dataset.records("validation", partition=config.data.partition)
-    config = complete(config, dataset, records)
-    device, settings = torch.device(config.train.device), config.train
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
-    torch.manual_seed(config.seed)
-
-    network = DeepDisc(config.model, config.inference)
-    start_at_redshifts(network, config, records, dataset)
-    network.to(device).to(memory_format=torch.channels_last).train()
-    optimizer = build_optimizer(network, settings)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, settings))
-    crops = CropDataset(records, dataset.info, config.data, config.model, config.seed)
-
-    parts = {"network": network, "optimizer": optimizer, "schedule": schedule}
-    recover(out / "best")
-    state = load_state(out / "last", config, **parts)
-    if not (out / "best").exists():
-        state.best = math.inf
-    started, seen, losses_seen = time.monotonic(), 0, []
-    batches = open_batches(
-        crops, first_step=state.step, steps=settings.steps, batch_size=settings.batch_size, workers=config.data.workers
-    )
-    for step, (crop_pixels, truths) in enumerate(batches, start=state.step):
-        pixels = crop_pixels.to(device, non_blocking=True).contiguous(memory_format=torch.channels_last)
-        targets = [to_instances(truth, pixels) for truth in truths]
-        losses = finite_losses(network, pixels, targets, step)
-        total = torch.stack(list(losses.values())).sum()
-        optimizer.zero_grad(set_to_none=True)
-        total.backward()
-        nn.utils.clip_grad_norm_(network.parameters(), settings.clip_norm)
-        optimizer.step()
-        schedule.step()
-        losses_seen.append(total.detach())
-        seen += len(truths)
-
-        done = step + 1
-        if done % settings.validate_every == 0 or done == settings.steps:
-            rate = seen / (time.monotonic() - started)
-            metrics = {
-                "train_loss": float(torch.stack(losses_seen).mean()),
-                "lr": float(schedule.get_last_lr()[0]),
-                "images_per_s": rate,
-            }
-            metrics |= validate(network, config, held_out, dataset.info)
-            log.info("step %d: %s", done, ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
-            state.step = done
-            state.history.append({"step": float(done), **metrics})
-            if metrics["val_nll"] < state.best or not (out / "best").exists():
-                state.best = metrics["val_nll"]
-                save_member(out / "best", network, config, metrics, done)
-            save_state(out / "last", state, config, **parts)
-            write_figure(loss_curves(state.history), out / "loss.png")
-            if report:
-                report(done, metrics)
-            started, seen, losses_seen = time.monotonic(), 0, []
+    device = check_devices(config.train, world)
+    if world is None and config.train.ranks > 1:
+        spawn(train_rank, (config, out), config.train.ranks, report)
+    else:
+        world = world or World()
+        with world.joined(device):
+            _run(world, device, report if world.main else None, config, out)
     return out / "best"
 
 
-def finite_losses(network: DeepDisc, pixels: Tensor, targets: Sequence[Instances], step: int) -> dict[str, Tensor]:
-    """The loss terms; a term that is no number ends training, for nothing after it would mean anything."""
+def train_rank(world: World, report: Report | None, config: TrainingConfig, out: Path) -> None:
+    """What a started rank does."""
+    train(config, out, report=report, world=world)
+
+
+def planned_steps(config: TrainingConfig) -> int:
+    """Optimisation steps of a run, ``train.epochs`` counted in images of its data set."""
+    return _steps(
+        config, open_dataset(config.data.path).records("train", fraction=config.data.fraction, partition=config.data.partition)
+    )
+
+
+def _run(world: World, device: torch.device, report: Report | None, config: TrainingConfig, out: Path) -> None:
+    dataset = open_dataset(config.data.path)
+    records = dataset.records("train", fraction=config.data.fraction, partition=config.data.partition)
+    held_out = dataset.records("validation", partition=config.data.partition)
+    if len(held_out) == 0:
+        raise ConfigError(f"no validation images in {dataset.path}; simulate some, or divide it with `deepdisc-ops data split`")
+    config = complete(config, dataset, records)
+    settings = config.train
+    if settings.threads or world.ranks > 1:
+        torch.set_num_threads(settings.threads or max(1, len(os.sched_getaffinity(0)) // world.ranks))
+
+    torch.manual_seed(config.seed)
+    network = DeepDisc(config.model, config.inference)
+    if not (out / "last" / STATE).exists():
+        initialise(network, config.model)
+    start_at_redshifts(network, config, records, dataset)
+    crops = CropDataset(records, dataset.info, config.data, config.model, config.seed)
+    learner = Optimisation(network, settings, world, device, config.seed)
+    if world.main:
+        recover(out / "best")
+    world.barrier()
+    state = load_state(out / "last", config, **learner.parts())
+    if not world.gather((out / "best").exists())[0]:
+        state.best = math.inf
+
+    def save() -> None:
+        if world.main:
+            save_state(out / "last", state, config, **learner.parts())
+        world.barrier()  # nobody goes on, or ends, before it is written
+
+    meter = Meter()
+    with stop_requests() as stop:
+        for parts in steps_on_device(crops, config, state.step, world, device, meter, stop):
+            if _told_to_stop(world, stop, parts):
+                save()
+                raise Requeue(f"told to stop; saved after step {state.step} in {out / 'last'}, the same call goes on from there")
+            if _finished(state, config):
+                break
+            seed_step(config.seed, state.step, world.rank)
+            try:
+                loss = learner.step(parts)
+            except FaultyLoss as fault:
+                raise named(fault, learner, crops, records, state.step, world) from None
+            state.add_loss(loss)
+            meter.count(sum(len(part.items) for part in parts))
+
+            if state.step % settings.validate_every == 0 or state.step == settings.steps:
+                metrics = {"train_loss": state.take_mean_loss(), "lr": learner.lr} | meter.read(device, world)
+                metrics |= _validate(learner, config, held_out, dataset, device, world)
+                _keep(learner, config, state, metrics, out if world.main else None)
+                save()
+                if world.main:
+                    write_figure(loss_curves([_untimed(entry) for entry in state.history]), out / "loss.png")
+                if report:
+                    report(state.step, metrics)
+                meter.restart()
+            elif settings.save_every and state.step % settings.save_every == 0:
+                save()
+
+
+def steps_on_device(
+    crops: CropDataset,
+    config: TrainingConfig,
+    first_step: int,
+    world: World,
+    device: torch.device,
+    meter: Meter,
+    stop: StopRequest,
+) -> Iterator[list[Part]]:
+    """The parts of every step's batch that this rank computes; ends with an empty list if a worker fell to a request to stop."""
+    settings = config.train
+    count = settings.accumulate
+    size = settings.batch_size // count
+    batches = open_batches(
+        crops,
+        first_step=first_step * count,
+        steps=settings.steps * count,
+        batch_size=size,
+        workers=config.data.workers,
+        rank=world.rank,
+        ranks=world.ranks,
+    )
+    share, parts = size // world.ranks, []
     try:
-        losses = network.losses(pixels, targets)
-        fault = ", ".join(f"{name} {float(value.detach()):.3g}" for name, value in losses.items() if not torch.isfinite(value))
-    except FloatingPointError as error:  # detectron2 looks at its proposals first
-        fault = str(error).splitlines()[0]
-    if fault:
-        raise TrainingError(f"loss is not finite at step {step}: {fault}; lower train.lr or train.clip_norm")
-    return losses
+        for number, batch in enumerate(meter.timed(batches), start=first_step * count):
+            first = number * size + world.rank * share
+            parts.append(_on_device(batch, range(first, first + share), device))
+            if len(parts) == count:
+                yield parts
+                parts = []
+    except RuntimeError:
+        if not stop.came:
+            raise
+        yield []
+
+
+def _on_device(batch: Batch, items: Sequence[int], device: torch.device) -> Part:
+    pixels = batch.pixels.to(device, non_blocking=True).contiguous(memory_format=torch.channels_last)
+    return Part(pixels, [to_instances(truth, pixels) for truth in batch.truths], items)
+
+
+def _told_to_stop(world: World, stop: StopRequest, parts: Sequence[Part]) -> bool:
+    """Whether a rank was told to stop: all of them then do, at the same step."""
+    return world.any(stop.came or not parts)
+
+
+def _finished(state: TrainingState, config: TrainingConfig) -> bool:
+    """Whether ``train.patience`` is at its end."""
+    return 0 < config.train.patience <= state.stale
+
+
+def _validate(
+    learner: Optimisation, config: TrainingConfig, held_out: Records, dataset: Dataset, device: torch.device, world: World
+) -> dict[str, float]:
+    world.share_buffers(learner.network)
+    if learner.averaged:
+        learner.averaged.copy_buffers(learner.network)
+    return validate(learner.best_network, config, held_out, dataset.info, device, world)
+
+
+def _keep(
+    learner: Optimisation, config: TrainingConfig, state: TrainingState, metrics: Mapping[str, float], out: Path | None
+) -> None:
+    """Add a validation to the state and, if it is the best, write the member (``out`` is None on all ranks but one)."""
+    log.info("step %d: %s", state.step, ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+    state.history.append({"step": float(state.step), **metrics})
+    score = config.train.score(metrics)
+    if score < state.best or len(state.history) == 1:
+        state.best, state.stale = (math.inf if math.isnan(score) else score), 0
+    else:
+        state.stale += 1
+    if out and (state.stale == 0 or not (out / "best").exists()):
+        save_member(out / "best", learner.best_network, config, metrics, state.step)
+
+
+def _untimed(entry: Mapping[str, float]) -> dict[str, float]:
+    return {name: value for name, value in entry.items() if name not in TIMINGS}
+
+
+def named(fault: FaultyLoss, learner: Optimisation, crops: CropDataset, records: Records, step: int, world: World) -> TrainingError:
+    """The error of a loss that is no number, with the images it comes from; the same on every rank."""
+    faulty = world.gather(learner.faulty_items(fault.parts))
+    items = [k for rank in faulty for k in rank]
+    where = "at" if items else "though each image is well by itself; batch of"
+    if not items:
+        items = [k for rank in world.gather([k for part in fault.parts for k in part.items]) for k in rank]
+    keys = dict.fromkeys(str(records.keys[crops[k].image]) for k in items)
+    return TrainingError(
+        f"loss is not finite at step {step}: {fault} {where} {', '.join(keys)}; lower train.lr or train.clip_norm, "
+        "or look at these images; the checkpoint before is untouched"
+    )
 
 
 def complete(config: TrainingConfig, dataset: Dataset, records: Records) -> TrainingConfig:
@@ -124,7 +232,15 @@ def complete(config: TrainingConfig, dataset: Dataset, records: Records) -> Trai
         )
     scaled = model.model_copy(update={"pixel_scale": info.pixel_scale, "input": measured_input(model, records)})
     data = DataSettings(**(config.data.model_dump() | {"path": dataset.path}))
-    return config.model_copy(update={"model": scaled, "data": data})
+    train = config.train.model_copy(update={"steps": _steps(config, records)})
+    return config.model_copy(update={"model": scaled, "data": data, "train": train})
+
+
+def _steps(config: TrainingConfig, records: Records) -> int:
+    settings = config.train
+    if settings.epochs is None:
+        return settings.steps
+    return max(1, math.ceil(settings.epochs * len(records) / settings.batch_size))
 
 
 def measured_input(model: ModelSettings, records: Records) -> InputSettings:
@@ -147,21 +263,3 @@ def start_at_redshifts(network: DeepDisc, config: TrainingConfig, records: Recor
     k = network.redshift_head.components
     means = np.quantile(z, (np.arange(k) + 0.5) / k)
     network.redshift_head.start_at(torch.as_tensor(means, dtype=torch.float32), sigma=max(float(np.std(z)) / 2, 0.05))
-
-
-def build_optimizer(network: DeepDisc, settings: TrainSettings) -> torch.optim.Optimizer:
-    """AdamW or SGD over all parameters."""
-    if settings.optimizer == "adamw":
-        return torch.optim.AdamW(network.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
-    return torch.optim.SGD(network.parameters(), lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay)
-
-
-def learning_rate_factor(step: int, settings: TrainSettings) -> float:
-    """Share of ``settings.lr`` at ``step``: linear warm-up, then the schedule."""
-    warmup = min(1.0, (step + 1) / (settings.warmup_steps + 1))
-    progress = step / settings.steps
-    if settings.schedule == "cosine":
-        return warmup * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
-    if settings.schedule == "multistep":
-        return float(warmup * 0.1 ** sum(progress >= milestone for milestone in settings.milestones))
-    return warmup

@@ -122,15 +122,6 @@ def test_proposals_follow_the_area() -> None:
     assert network.proposals.post_nms_topk[False] == pytest.approx(8000 * 512**2 / 1e6, abs=1)
 
 
-def test_the_papers_redshift_head_has_its_number_of_parameters() -> None:
-    """LSST paper, Table 1: 12545 -> 1024 -> 64 -> 15."""
-    from deepdisc_ops.model.heads import RedshiftHead
-
-    shapes = build_backbone(6, settings(backbone={"name": "tiny", "fpn_channels": 256}).backbone).output_shape()
-    head = settings(redshift_head={"hidden": [1024, 64], "activation": "tanh", "pool": 7}).redshift_head
-    assert sum(p.numel() for p in RedshiftHead(shapes, head).parameters()) == 12_913_679
-
-
 def seen_by_the_network(images: torch.Tensor, **settings: object) -> torch.Tensor:
     """What reaches the backbone."""
     network = build(input=settings)

@@ -8,7 +8,7 @@ import torch
 import yaml
 
 from deepdisc_ops.errors import CheckpointError
-from deepdisc_ops.model.weights import load_member, read_info, save_member
+from deepdisc_ops.model.weights import fill, first_convolution, load_member, read_info, save_member, shorten
 
 
 def test_a_member_survives_a_round_trip(tiny_checkpoints: list[Path], spaced: Path) -> None:
@@ -44,6 +44,40 @@ def test_weights_of_another_network_are_refused(tiny_checkpoints: list[Path], sp
     (folder / "member.yaml").write_text(yaml.safe_dump(tree))
     with pytest.raises(CheckpointError, match="do not fit their config"):
         load_member(folder)
+
+
+def test_keys_that_do_not_fit_are_listed_by_their_modules(tiny_checkpoints: list[Path]) -> None:
+    network, info = load_member(tiny_checkpoints[0])
+    tensors = network.state_dict()
+    for key in [key for key in tensors if key.startswith("redshift_head.mixture.2")]:
+        del tensors[key]
+    tensors = {key: value + 1 for key, value in tensors.items()}
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    with pytest.raises(CheckpointError, match=r"missing redshift_head\.mixture\.2 \(2\); unknown x; use the config"):
+        fill(network, tensors | {"x": torch.zeros(1)}, info.config.model.bands, "a file")
+    assert all(torch.equal(value, network.state_dict()[key]) for key, value in before.items())
+
+
+def test_weights_of_other_bands_are_named(tiny_checkpoints: list[Path], spaced: Path) -> None:
+    folder = Path(shutil.copytree(tiny_checkpoints[0], spaced / "member"))
+    tree = yaml.safe_load((folder / "member.yaml").read_text())
+    tree["config"]["model"]["bands"] = ["g", "r", "i"]
+    tree["config"]["model"]["input"]["noise_njy"] = [1.0, 1.0, 1.0]
+    (folder / "member.yaml").write_text(yaml.safe_dump(tree))
+    with pytest.raises(CheckpointError, match=r"of a network of 6 bands, the config names 3 \(g, r, i\); give the bands"):
+        load_member(folder)
+
+
+def test_the_first_convolution_is_that_which_meets_the_bands(tiny_checkpoints: list[Path]) -> None:
+    network, _ = load_member(tiny_checkpoints[0])
+    assert first_convolution(network) == "backbone.bottom_up.stem.conv1.weight"
+    assert first_convolution(network.backbone) == "bottom_up.stem.conv1.weight"
+
+
+def test_long_lists_of_keys_are_cut() -> None:
+    keys = [f"a.b{i}.c.weight" for i in range(6)] + ["a.b0.c.bias"]
+    assert shorten(keys) == "a.b0.c (2), a.b1.c, a.b2.c, a.b3.c and 2 more"
+    assert shorten([]) == ""
 
 
 def test_other_folders_are_no_checkpoints(spaced: Path) -> None:

@@ -28,7 +28,7 @@ def parse(**changes: Any) -> space.SweepSpec:
         ({"space": {"train.lr": {"loguniform": [0.0, 1e-3]}}}, "space.train.lr.loguniform.0: .*greater than 0"),
         ({"space": {"train.lr": {"uniform": [1e-3, float("inf")]}}}, "is no range"),
         ({"space": {"data.fraction": {"grid": [0.5, 1.5]}}}, r"space.data.fraction: .*less than or equal to 1 \(found 1.5\)"),
-        ({"space": {"model.backbone.name": {"choice": ["tiny", "vgg"]}}}, "space.model.backbone.name: .*'tiny'.*found 'vgg'"),
+        ({"space": {"model.backbone.name": {"choice": ["tiny", "vgg"]}}}, "space.model.backbone.name: .*'vgg'"),
         ({"space": {"train.batch_size": {"randint": [0, 4]}}}, r"space.train.batch_size: .*\(found 0\)"),
         ({"space": {"train.lr": {"grid": []}}}, "grid is empty"),
         ({"space": {"train.lr": {"grid": [1e-3, 1e-3]}}}, "names a value twice"),
