@@ -9,6 +9,7 @@
     │   └── CatalogError        a truth or prediction table
     ├── CheckpointError         a training checkpoint or its weights
     ├── TrainingError           a loss that is no number, a sweep without a usable trial
+    │   └── Requeue             told to stop, saved everything, wants to be started again
     ├── ArchiveError            a model archive or one of its members
     ├── ServerError             the endpoint answered with a failure
     │   ├── ServerUnreachable   nothing listens, or it stopped answering
@@ -46,6 +47,12 @@ class CheckpointError(DeepdiscOpsError):
 
 class TrainingError(DeepdiscOpsError):
     """Training or a sweep cannot go on."""
+
+
+class Requeue(TrainingError):
+    """Training was told to stop and has saved its state; the same call goes on from there."""
+
+    exit_code = 85
 
 
 class ArchiveError(DeepdiscOpsError):

@@ -186,6 +186,10 @@ def test_an_endpoint_that_is_down(
         (("simulate", "--reference", "lsst_reference", "--out", "x", "--density", "0"), "is frozen: leave out --density"),
         (("predict", "m.fits", "--out", "c.fits"), "give either --model or --server"),
         (("predict", "m.fits", "--out", "c.csv", "--model", "m"), "expected one of .parquet, .fits"),
+        (
+            ("predict", "m.fits", "--out", "c.fits", "--model", "m", "--bad-bits", "0xyz"),
+            "neither an integer, as 5 or 0x5, nor names",
+        ),
         (("archive", "build", "--out", "x.mar"), "name either checkpoint folders or --members"),
         (("serve", "start", "absent.mar"), "absent.mar"),
         (("evaluate", "absent.parquet", "--truth", "absent.fits"), "absent.parquet does not exist"),

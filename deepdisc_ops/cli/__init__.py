@@ -426,7 +426,7 @@ def predict(
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     planes = plane_bands.split(",") if plane_bands else None
-    bits = None if bad_bits is None else int(bad_bits, 0) if bad_bits[:1].isdigit() else bad_bits.split(",")
+    bits = None if bad_bits is None else _mask_bits(bad_bits)
     with ExitStack() as stack:
         predictor, bands, scale, digest = _predictor(stack, model, server, device)
         mosaic = open_mosaic(
@@ -526,6 +526,16 @@ def _predictor(
         write_ensemble(folder, [model or folder])
     ensemble = Ensemble.load(folder, device)
     return (lambda image, ebv: ensemble.predict(image.data, ebv, image.mask)), ensemble.bands, ensemble.pixel_scale, digest(folder)
+
+
+def _mask_bits(text: str) -> list[str] | int:
+    """Names of mask planes, or their bits as one integer."""
+    if not text[:1].isdigit():
+        return text.split(",")
+    try:
+        return int(text, 0)
+    except ValueError:
+        raise ConfigError(f"--bad-bits {text} is neither an integer, as 5 or 0x5, nor names, as NO_DATA,SAT") from None
 
 
 def _check_scale(found: float, trained: float | None) -> None:

@@ -18,7 +18,6 @@ weights_app = typer.Typer(no_args_is_help=True, help="Weights of other programs:
 
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a setting, as in model.bands=[g,r,i]; repeatable.")]
 EveryKey = Annotated[bool, typer.Option("--keys", help="List every key and what became of it.")]
-NJY_ZERO_POINT = 31.4  # AB magnitude of 1 nJy
 
 
 @weights_app.command("import-deepdisc")
@@ -26,8 +25,9 @@ def weights_import(
     checkpoint: Annotated[Path, typer.Argument(help="A DeepDISC checkpoint with a redshift_fc head, .pth.")],
     out: Annotated[Path, typer.Argument(help="The member's folder.")],
     zero_point: Annotated[
-        float, typer.Option(help="AB zero point of the pixels it was trained on: 27 for LSST's and HSC's coadds, 31.4 for nJy.")
-    ] = NJY_ZERO_POINT,
+        float | None,
+        typer.Option(help="AB zero point of the pixels it was trained on: 27 for LSST and HSC coadds; nJy without."),
+    ] = None,
     overrides: Overrides = None,
     every_key: EveryKey = False,
 ) -> None:
@@ -41,8 +41,9 @@ def weights_import(
     """
     from deepdisc_ops.model.published import import_checkpoint
     from deepdisc_ops.model.weights import save_member
+    from deepdisc_ops.sky.fluxes import njy_per_count
 
-    unit_njy = 10 ** (0.4 * (NJY_ZERO_POINT - zero_point))
+    unit_njy = 1.0 if zero_point is None else njy_per_count(zero_point)
     network, config, report = import_checkpoint(checkpoint, overrides or (), unit_njy=unit_njy)
     save_member(out, network, config, {}, 0)
     _tell(report, every_key)

@@ -64,11 +64,15 @@ class ReferenceSky(Settings):
 
     def sky_settings(self, split: str) -> SkySettings:
         """The simulator's settings in a split."""
-        if split not in self.splits:
-            raise ConfigError(f"the sky {self.name} has no split {split!r}, expected one of {', '.join(self.splits)}")
-        changes = self.splits[split].changes  # type: ignore[index]
         stated = self.settings.model_dump(exclude_unset=True)
-        return validate(SkySettings, stated | changes, f"split {split} of the sky {self.name}")
+        return validate(SkySettings, stated | self.part(split).changes, f"split {split} of the sky {self.name}")
+
+    def part(self, split: str) -> SplitSettings:
+        """The scenes of a split."""
+        parts = dict[str, SplitSettings](self.splits.items())
+        if split not in parts:
+            raise ConfigError(f"the sky {self.name} has no split {split!r}, expected one of {', '.join(parts)}")
+        return parts[split]
 
 
 def reference_names() -> tuple[str, ...]:
@@ -136,7 +140,7 @@ def build_reference(
     return simulate_dataset(
         {split: sky.sky_settings(split) for split in sky.splits},
         out,
-        counts={split: sky.splits[split].scenes for split in wanted},  # type: ignore[index]
+        counts={split: sky.part(split).scenes for split in wanted},
         size=sky.size,
         seed=sky.seed,
         processes=processes,
@@ -176,10 +180,11 @@ def differences(found: Fingerprint, frozen: Fingerprint, tolerance: float = TOLE
 def check_reference(name: str, splits: Iterable[str] | None = None) -> None:
     """Draw the first scene of each split, by default of all; `ConfigError` names all in which it is not the frozen one."""
     sky = load_reference(name)
+    frozen_prints = dict[str, Fingerprint](sky.fingerprints.items())
     faults = []
     for split in sky.splits if splits is None else splits:
         found = fingerprint(reference_scene(sky, split, 0))
-        frozen = sky.fingerprints.get(split)  # type: ignore[call-overload]
+        frozen = frozen_prints.get(split)
         unlike = ["no fingerprint"] if frozen is None else differences(found, frozen)
         faults += [f"{split}: {unlike[0]}" + (f" and {len(unlike) - 1} more" if unlike[1:] else "")] if unlike else []
     if faults:

@@ -15,6 +15,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import secrets
 import socket
@@ -35,7 +36,10 @@ from deepdisc_ops.data.records import COLUMNS, GALAXY, OPTIONAL, SPLITS, STAR, O
 from deepdisc_ops.errors import CatalogError
 from deepdisc_ops.sky.tiling import Window
 
+log = logging.getLogger(__name__)
+
 JOURNAL, SEALED, PIXELS = ".arrows", ".arrow", ".h5"
+DAMAGED = ".damaged"
 ROOT_KEY = b"root"
 """Metadata of a shard: the data set's folder when it was written, from which paths to files outside of it can be told."""
 
@@ -312,19 +316,25 @@ def open_sealed(folder: Path, name: Name) -> Shard:
 
 def read_journal(folder: Path, name: str, count: int | None = None) -> Shard:
     """The whole records of a journal, at most ``count``; a torn or damaged tail is left out."""
+    return _whole_records(folder, name, count)[0]
+
+
+def _whole_records(folder: Path, name: str, count: int | None = None) -> tuple[Shard, int]:
+    """The whole records of a journal, at most ``count``, and the bytes that follow them."""
     path = folder / f"{name}{JOURNAL}"
-    content = path.read_bytes()
+    content = pa.BufferReader(path.read_bytes())
     batches: list[pa.RecordBatch] = []
-    schema = SCHEMA
+    schema, end = SCHEMA, 0
     try:
         with pa.ipc.open_stream(content) as reader:
-            schema = reader.schema
+            schema, end = reader.schema, content.tell()
             while count is None or len(batches) < count:
                 batch = reader.read_next_batch()
                 row = Shard(batch, name).row(0)
                 if row["checksum"] != row_checksum(row):
                     break
                 batches.append(batch)
+                end = content.tell()
     except StopIteration:
         pass
     except (pa.ArrowException, OSError, ValueError):  # the tail of a writer that was killed
@@ -333,7 +343,7 @@ def read_journal(folder: Path, name: str, count: int | None = None) -> Shard:
         _check_schema(schema, path)
     table = pa.Table.from_batches(batches, schema).combine_chunks()
     whole = table.to_batches()
-    return Shard(whole[0] if whole else _empty(schema), name)
+    return Shard(whole[0] if whole else _empty(schema), name), content.size() - end
 
 
 def _empty(schema: pa.Schema) -> pa.RecordBatch:
@@ -385,9 +395,10 @@ class Journal:
 def seal(folder: Path, name: str, expected: int | None = None) -> int:
     """Write the records of a journal as a sealed shard, remove the journal, and tell how many they are.
 
-    `CatalogError` if they are not as many as ``expected``; the journal then stays.
+    `CatalogError` if they are not as many as ``expected``; the journal then stays. Where something unreadable follows the
+    records, the journal is kept aside: it may be a torn tail, or a damaged record with whole ones behind it.
     """
-    shard = read_journal(folder, name)
+    shard, left_out = _whole_records(folder, name)
     if expected is not None and len(shard) != expected:
         raise CatalogError(f"{folder / name}{JOURNAL} reads back {len(shard)} of {expected} records; the disk may be failing")
     if len(shard):
@@ -398,7 +409,13 @@ def seal(folder: Path, name: str, expected: int | None = None) -> int:
             file.flush()
             os.fsync(file.fileno())
         unfinished.replace(folder / Name(name, len(shard)).file)
-    (folder / f"{name}{JOURNAL}").unlink()
+    journal = folder / f"{name}{JOURNAL}"
+    if left_out:
+        aside = journal.with_suffix(DAMAGED)
+        journal.replace(aside)
+        log.warning("%s: %d bytes after record %d are torn or damaged and left out; they are kept", aside, left_out, len(shard))
+    else:
+        journal.unlink()
     return len(shard)
 
 
@@ -428,6 +445,8 @@ def _finish(folder: Path, name: str) -> None:
     else:
         count = seal(folder, name)
     pixels = folder / f"{name}{PIXELS}"
+    if (folder / f"{name}{DAMAGED}").exists():
+        return  # the pixels of what was left out stay too
     if pixels.exists() and count:
         shorten(pixels, count)
     elif pixels.exists():

@@ -207,11 +207,8 @@ class Shards:
             )
         raise CatalogError(f"{folder} changes faster than it can be read; try again when fewer writers are at work")
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "names": self.names}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["path"], state["names"])  # type: ignore[misc]
+    def __reduce__(self) -> tuple[type[Shards], tuple[Path, tuple[Name, ...]]]:
+        return Shards, (self.path, self.names)
 
     @cached_property
     def starts(self) -> NDArray[np.int64]:

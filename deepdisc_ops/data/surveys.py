@@ -18,9 +18,7 @@ from numpy.typing import NDArray
 from sedpy import observate
 
 from deepdisc_ops.errors import ConfigError, SetupError
-
-AB_ZERO_POINT_NJY = 31.4
-"""AB magnitude of one nanojansky."""
+from deepdisc_ops.sky.fluxes import NJY_ZERO_POINT
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,7 @@ class Survey:
     @property
     def units_per_njy(self) -> float:
         """Factor from nanojansky to image units."""
-        return float(10 ** (0.4 * (self.zero_point - AB_ZERO_POINT_NJY)))
+        return float(10 ** (0.4 * (self.zero_point - NJY_ZERO_POINT)))
 
 
 @dataclass(frozen=True)
@@ -184,12 +182,12 @@ def survey(name: str) -> Survey:
 
 def to_njy(magnitude: NDArray[np.float64] | float) -> NDArray[np.float64]:
     """Flux in nanojansky of an AB magnitude."""
-    return 10 ** (-0.4 * (np.asarray(magnitude, np.float64) - AB_ZERO_POINT_NJY))
+    return 10 ** (-0.4 * (np.asarray(magnitude, np.float64) - NJY_ZERO_POINT))
 
 
 def to_magnitude(flux_njy: NDArray[np.float64] | float) -> NDArray[np.float64]:
     """AB magnitude of a flux in nanojansky; fluxes below 1e-9 nJy count as that."""
-    return AB_ZERO_POINT_NJY - 2.5 * np.log10(np.maximum(flux_njy, 1e-9))
+    return NJY_ZERO_POINT - 2.5 * np.log10(np.maximum(flux_njy, 1e-9))
 
 
 def depth(survey: Survey, years: float) -> NDArray[np.float64]:

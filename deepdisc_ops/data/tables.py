@@ -27,8 +27,8 @@ from pydantic import Field, StrictBool, StrictFloat, StrictInt, StrictStr, model
 
 from deepdisc_ops.config import Settings
 from deepdisc_ops.data.records import GALAXY, STAR
-from deepdisc_ops.data.surveys import AB_ZERO_POINT_NJY
 from deepdisc_ops.errors import CatalogError
+from deepdisc_ops.sky.fluxes import NJY_ZERO_POINT
 
 Floats = NDArray[np.float64]
 Value = StrictBool | StrictInt | StrictFloat | StrictStr
@@ -312,7 +312,7 @@ def ab_magnitudes(table: Table, name: str, unit: str | None, zero_point: float |
             f"{source}: the unit {text} of column {name} is no flux density and no magnitude; expected mag, nJy, uJy, Jy, or "
             "declare zero_point"
         ) from None
-    return AB_ZERO_POINT_NJY - 2.5 * np.log10(np.where(njy > 0, njy, np.nan))
+    return NJY_ZERO_POINT - 2.5 * np.log10(np.where(njy > 0, njy, np.nan))
 
 
 def as_text(value: object) -> str:

@@ -176,7 +176,7 @@ def _predicted(trees: Any, table: Floats) -> Floats:
 
 
 def _one_thread() -> AbstractContextManager[Any]:
-    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+    from threadpoolctl import threadpool_limits
 
     limits: AbstractContextManager[Any] = threadpool_limits(1, user_api="openmp")
     return limits

@@ -32,7 +32,7 @@ import numpy as np
 import psutil
 
 import deepdisc_ops
-from deepdisc_ops.config import TrainingConfig, validate
+from deepdisc_ops.config import InferenceSettings, TrainingConfig, validate
 from deepdisc_ops.errors import ConfigError, ServerError, ServerUnreachable, SetupError
 from deepdisc_ops.installation import java_home
 from deepdisc_ops.serving.archive import verify_archive
@@ -301,13 +301,19 @@ def request_limit(bands: int, max_window: int) -> int:
     return 4 * bands * max_window**2 + (1 << 16)
 
 
-def response_limit(components: int, proposals_per_megapixel: int, max_window: int) -> int:
+def detections_per_megapixel(inference: InferenceSettings) -> float:
+    """The most that a member can find: half its proposals, or what it is capped at in a tile."""
+    if inference.max_detections is None:
+        return inference.proposals_per_megapixel / 2
+    return inference.max_detections * 1e6 / (inference.tile - inference.overlap) ** 2
+
+
+def response_limit(components: int, detections_per_megapixel: float, max_window: int) -> int:
     """Bytes of the largest reply; TorchServe kills a worker that goes over it, so it is generous.
 
-    A tile's detections are capped at half its proposals, tiles overlap; a row holds a box, five numbers and three of
-    each component of the ensemble's mixture.
+    Tiles overlap; a row holds a box, five numbers and three of each component of the ensemble's mixture.
     """
-    rows = OVERLAP_ALLOWANCE * proposals_per_megapixel / 2 * max_window**2 / 1e6
+    rows = OVERLAP_ALLOWANCE * detections_per_megapixel * max_window**2 / 1e6
     return int(rows) * 4 * (4 + 5 + 3 * components) + (4 << 20)
 
 
@@ -393,9 +399,9 @@ def _plan(mar: Path, workers: int, threads: int, max_window: int) -> _Plan:
     contents = verify_archive(mar)
     configs = [validate(TrainingConfig, member["config"], f"{mar}, {member['name']}") for member in contents["members"]]
     components = sum(config.model.redshift_head.components for config in configs)
-    proposals = max(config.inference.proposals_per_megapixel for config in configs)
+    detections = max(detections_per_megapixel(config.inference) for config in configs)
     bands, scale = configs[0].model.bands, configs[0].model.pixel_scale
-    limits = request_limit(len(bands), max_window), response_limit(components, proposals, max_window)
+    limits = request_limit(len(bands), max_window), response_limit(components, detections, max_window)
     return _Plan(mar.absolute(), contents["version"], bands, scale, workers, threads, max_window, *limits)
 
 

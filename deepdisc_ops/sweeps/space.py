@@ -194,6 +194,9 @@ def check(spec: SweepSpec) -> list[str]:
             faults.append(str(error))
             base = {}
     faults += [fault for key, axis in spec.space.items() for fault in _axis_faults(base, key, axis)]
+    train = base.get("train")
+    if "train.epochs" in spec.space or (isinstance(train, Mapping) and train.get("epochs") is not None):
+        faults.append("train.epochs: the scheduler of a sweep counts steps; set train.steps in its place")
     return faults or _corner_faults(spec)
 
 

@@ -28,8 +28,8 @@ from torch import nn
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # exported without being announced
 
 from deepdisc_ops.config import TrainSettings
-from deepdisc_ops.errors import ConfigError, DeepdiscOpsError, TrainingError
-from deepdisc_ops.training.signals import Requeue, stop_requests
+from deepdisc_ops.errors import ConfigError, DeepdiscOpsError, Requeue, TrainingError
+from deepdisc_ops.training.signals import stop_requests
 
 Report = Callable[[int, Mapping[str, float]], None]
 LOOPBACK = "127.0.0.1"

@@ -17,7 +17,7 @@ import torch
 from deepdisc_ops.config import DataSettings, InputSettings, ModelSettings, TrainingConfig
 from deepdisc_ops.data.loader import Batch, CropDataset, measure_pixels, open_batches, training_redshifts
 from deepdisc_ops.data.store import Dataset, Records, open_dataset
-from deepdisc_ops.errors import ConfigError, TrainingError
+from deepdisc_ops.errors import ConfigError, Requeue, TrainingError
 from deepdisc_ops.model.build import DeepDisc
 from deepdisc_ops.model.pretrained import initialise
 from deepdisc_ops.model.weights import recover, save_member
@@ -26,7 +26,7 @@ from deepdisc_ops.training.checkpoint import STATE, TrainingState, load_state, s
 from deepdisc_ops.training.distributed import Report, World, check_devices, spawn
 from deepdisc_ops.training.meter import TIMINGS, Meter
 from deepdisc_ops.training.sampling import seed_step
-from deepdisc_ops.training.signals import Requeue, StopRequest, stop_requests
+from deepdisc_ops.training.signals import StopRequest, stop_requests
 from deepdisc_ops.training.step import FaultyLoss, Optimisation, Part
 from deepdisc_ops.training.targets import to_instances
 from deepdisc_ops.training.validation import validate

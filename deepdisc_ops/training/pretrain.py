@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 from deepdisc_ops.config import AugmentSettings, InferenceSettings, PretrainSettings
 from deepdisc_ops.data.cutouts import CutoutDataset, Cutouts, open_cutouts
 from deepdisc_ops.data.sampling import epoch_rng
-from deepdisc_ops.errors import ConfigError, TrainingError
+from deepdisc_ops.errors import ConfigError, Requeue, TrainingError
 from deepdisc_ops.model.build import DeepDisc, input_scaling
 from deepdisc_ops.model.pretrained import initialise
 from deepdisc_ops.photoz import metrics
@@ -37,7 +37,7 @@ from deepdisc_ops.training.distributed import Report
 from deepdisc_ops.training.meter import TIMINGS, Meter
 from deepdisc_ops.training.sampling import seed_step
 from deepdisc_ops.training.schedule import build_optimizer, build_schedule
-from deepdisc_ops.training.signals import Requeue, stop_requests
+from deepdisc_ops.training.signals import stop_requests
 
 BACKBONE = "backbone.safetensors"
 MEASURED_CUTOUTS = 256

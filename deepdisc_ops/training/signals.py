@@ -11,17 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from deepdisc_ops.errors import TrainingError
-
-REQUEUE_EXIT_CODE = 85
-"""Exit code of a command that was told to stop, has saved everything and wants to be started again."""
 STOPPING = (signal.SIGTERM, signal.SIGUSR1)
-
-
-class Requeue(TrainingError):
-    """Training was told to stop and has saved its state; the same call goes on from there."""
-
-    exit_code = REQUEUE_EXIT_CODE
 
 
 class StopRequest:

@@ -3,6 +3,8 @@ from __future__ import annotations
 import multiprocessing
 import pickle
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -486,8 +488,18 @@ def private_bytes_of_workers(folder: Path, images: int, *, packed: bool) -> int:
 
 @pytest.mark.parametrize("packed", [True, False])
 def test_workers_hold_no_copy_of_the_data(tmp_path: Path, packed: bool) -> None:
-    small = private_bytes_of_workers(tmp_path / "small", 4, packed=packed)
-    large = private_bytes_of_workers(tmp_path / "large", 40, packed=packed)
+    # in a process of its own: workers forked from one that has run other tests come to own pages of its heap
+    program = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from pathlib import Path
+import test_loader as here
+for name, images in (("small", 4), ("large", 40)):
+    print(here.private_bytes_of_workers(Path({str(tmp_path)!r}) / name, images, packed={packed}))
+"""
+    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert answer.returncode == 0, answer.stderr
+    small, large = map(int, answer.stdout.split())
     added = 36 * 2 * 512 * 512 * 4
     assert large - small < 0.2 * added  # a copy in each worker would be 2
 

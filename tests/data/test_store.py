@@ -450,6 +450,32 @@ def test_a_journal_torn_anywhere_gives_its_whole_records(tmp_path: Path) -> None
     assert len(shards.read_journal(torn.parent, torn.stem)) == 2
 
 
+@pytest.mark.parametrize("where", ["in the middle", "at the end"])
+def test_a_damaged_journal_of_a_dead_writer_is_sealed_and_kept(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, where: str
+) -> None:
+    dataset = create_dataset(tmp_path, INFO)
+    writer = DatasetWriter(dataset, packed=True)
+    sizes = []
+    for i in range(4):
+        writer.add(make_record(f"{i}", 2, i), make_image(i))
+        (journal,) = (tmp_path / "shards").glob("*.arrows")
+        sizes.append(journal.stat().st_size)
+    content = bytearray(journal.read_bytes())
+    pixels = journal.with_suffix(".h5").stat().st_size
+    for shard in writer._open.values():  # as the kernel does with a process that is killed
+        os.close(shard.journal._file)
+    spot = (sizes[0] + sizes[1]) // 2 if where == "in the middle" else sizes[3] - 9
+    content[spot : spot + 8] = bytes(255 - byte for byte in content[spot : spot + 8])
+    journal.write_bytes(content)
+    assert shards.seal_abandoned(journal.parent) == 1
+    whole = 1 if where == "in the middle" else 3
+    assert open_dataset(tmp_path).records().keys.tolist() == [f"{i}" for i in range(whole)]
+    assert "torn or damaged and left out" in caplog.text
+    assert journal.with_suffix(".damaged").read_bytes() == content
+    assert journal.with_suffix(".h5").stat().st_size == pixels
+
+
 def test_a_full_disk_leaves_no_half_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     writer = DatasetWriter(create_dataset(tmp_path, INFO), packed=True)
     writer.add(make_record("a"), make_image())

@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from deepdisc_ops.config import InferenceSettings
 from deepdisc_ops.errors import ArchiveError, ConfigError, ServerError, ServerUnreachable
 from deepdisc_ops.serving import server, wire
 from deepdisc_ops.sky.detections import Detections
@@ -122,12 +123,18 @@ def test_the_largest_window_fits_into_the_request_limit(bands: int, side: int) -
     assert len(body) <= server.request_limit(bands, side)
 
 
+def test_a_cap_on_detections_counts_in_the_response_limit() -> None:
+    assert server.detections_per_megapixel(InferenceSettings(proposals_per_megapixel=8000)) == 4000
+    capped = InferenceSettings(max_detections=5000, tile=512, overlap=12)
+    assert server.detections_per_megapixel(capped) == pytest.approx(20000)
+
+
 def test_the_fullest_reply_fits_into_the_response_limit() -> None:
     most = int(1.4 * 16000 / 2 * 512**2 / 1e6)
     zero, mixture, index = np.zeros(most, np.float32), np.zeros((most, 20), np.float32), np.zeros(most, np.int32)
     full = Detections(np.zeros((most, 4), np.float32), zero, index, mixture, mixture, mixture, zero, index, index)
     body = wire.encode_detections(full, model_version="abc", package_version="1")
-    assert len(body) <= server.response_limit(20, 16000, 512)
+    assert len(body) <= server.response_limit(20, 8000, 512)
 
 
 @pytest.mark.parametrize(("wish", "threads"), [("3", 3), ("", None), ("0", None), ("many", None)])

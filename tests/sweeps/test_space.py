@@ -31,6 +31,8 @@ def parse(**changes: Any) -> space.SweepSpec:
         ({"space": {"model.backbone.name": {"choice": ["tiny", "vgg"]}}}, "space.model.backbone.name: .*'vgg'"),
         ({"space": {"train.batch_size": {"randint": [0, 4]}}}, r"space.train.batch_size: .*\(found 0\)"),
         ({"space": {"train.lr": {"grid": []}}}, "grid is empty"),
+        ({"base": {"train": {"epochs": 3}}}, "train.epochs: the scheduler of a sweep counts steps; set train.steps"),
+        ({"space": {"train.epochs": {"grid": [1.0, 2.0]}}}, "train.epochs: the scheduler of a sweep counts steps"),
         ({"space": {"train.lr": {"grid": [1e-3, 1e-3]}}}, "names a value twice"),
         ({"space": {"train.lr": {"loguniforn": [1, 2]}}}, "unknown kind of range 'loguniforn', did you mean 'loguniform'"),
         ({"space": {"train.lr": {"grid": [1e-3], "choice": [1e-3]}}}, "expected one range"),

@@ -21,11 +21,10 @@ from training_runs import config, untimed
 from deepdisc_ops.config import TrainingConfig, TrainSettings
 from deepdisc_ops.data.records import GALAXY
 from deepdisc_ops.data.store import open_dataset
-from deepdisc_ops.errors import ConfigError, TrainingError
+from deepdisc_ops.errors import ConfigError, Requeue, TrainingError
 from deepdisc_ops.training import loop
 from deepdisc_ops.training.checkpoint import read_history
 from deepdisc_ops.training.distributed import World, check_devices, first_host, spawn, world_from_environment
-from deepdisc_ops.training.signals import REQUEUE_EXIT_CODE, Requeue
 
 INTERRUPTED = {"steps": 8, "validate_every": 4, "save_every": 1, "ema_decay": 0.9}
 
@@ -91,7 +90,7 @@ def test_a_command_told_to_stop_saves_and_asks_to_be_queued_again(
     _, errors = process.communicate(timeout=60)
     step = torch.load(spaced / "out" / "last" / "state.pt")["step"]
     if step < 8:  # a very fast machine may be through
-        assert process.returncode == REQUEUE_EXIT_CODE, errors
+        assert process.returncode == Requeue.exit_code, errors
         assert f"told to stop; saved after step {step}" in errors
     loop.train(settings, spaced / "out")
     assert_same_run(spaced / "out", undisturbed[1])
