@@ -17,6 +17,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat
 
 from deepdisc_ops.errors import ConfigError
 
+PRESETS = Path(__file__).with_name("presets")
 NonEmpty = Field(min_length=1)
 Fraction = Annotated[float, Field(gt=0, le=1)]
 NormName = Literal["BN", "GN", "FrozenBN", "SyncBN", "LN"]
@@ -107,7 +108,7 @@ class DataSettings(Settings):
         0.03, description="E(B-V) mag where the data set has none: typical of extragalactic fields"
     )
     augment: AugmentSettings = AugmentSettings()
-    workers: Annotated[int, Field(ge=0)] = Field(0, description="processes that prepare crops; 0: the training process does")
+    workers: Annotated[int, Field(ge=0)] = Field(0, description="processes that prepare crops; 0: a thread of the trainer does")
     cache_gb: Annotated[float, Field(ge=0)] = Field(
         6.0, description="room in the temporary folder for decoded images, shared by all workers; 0 reads every crop from its files"
     )
@@ -217,6 +218,7 @@ class RedshiftHeadSettings(Settings):
     stars: Literal["z_pure", "z_all"] = Field(
         "z_pure", description="z_pure: galaxies alone train the head; z_all: stars brighter than the limit do too, at z = 0"
     )
+    loss_weight: PositiveFloat = Field(1.0, description="of its term in the total loss [1]")
     max_boxes: PositiveInt = Field(64, description="boxes per image that train the head")
     true_boxes: bool = Field(False, description="the true boxes train it beside the proposals, as in the published networks")
 
@@ -433,12 +435,39 @@ def set_by_path(tree: dict[str, Any], path: Iterable[str], value: Any) -> None:
     tree[last] = value
 
 
+def presets() -> list[str]:
+    """Names of the settings that come with the package: those of the papers, and small ones."""
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+
+
+def with_preset(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with what they leave open taken from the preset that their key ``preset`` names, if they have it."""
+    rest = {key: value for key, value in tree.items() if key != "preset"}
+    if "preset" not in tree:
+        return rest
+    if (name := tree["preset"]) not in presets():
+        near = difflib.get_close_matches(str(name), presets(), n=1)
+        raise ConfigError(
+            f"there is no preset {name!r}, " + (f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(presets())}")
+        )
+    return _merged(read_yaml(PRESETS / f"{name}.yaml"), rest)
+
+
+def _merged(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """``tree`` with ``changes`` in place of its values, section by section."""
+    merged = dict(tree)
+    for key, value in changes.items():
+        old = merged.get(key)
+        merged[key] = _merged(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML mapping."""
     try:
         tree = yaml.safe_load(path.read_text())
     except FileNotFoundError:
-        raise ConfigError(f"config file {path} does not exist") from None
+        raise ConfigError(f"config file {path} does not exist; give a file, or a preset: {', '.join(presets())}") from None
     except OSError as error:
         raise ConfigError(f"config file {path} cannot be read: {error.strerror}") from None
     except yaml.YAMLError as error:
@@ -460,8 +489,14 @@ def validate(schema: type[S], tree: Mapping[str, Any], source: str) -> S:
 
 
 def load(path: Path | None, overrides: Iterable[str] = (), schema: type[S] = TrainingConfig) -> S:  # type: ignore[assignment]
-    """Read settings from YAML (or the defaults, without a path) and apply ``a.b=c`` overrides."""
-    tree = read_yaml(path) if path else {}
+    """Read settings from YAML (or the defaults, without a path) and apply ``a.b=c`` overrides.
+
+    Where no file is at ``path``, the preset of that name is taken; a file may name one by its key ``preset``.
+    """
+    if path and str(path) in presets() and not path.exists():
+        tree = with_preset({"preset": str(path)})
+    else:
+        tree = with_preset(read_yaml(path) if path else {})
     for text in overrides:
         keys, value = parse_override(text)
         set_by_path(tree, keys, value)

@@ -6,7 +6,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deepdisc_ops import resources
 from deepdisc_ops.config import ModelSettings, TrainingConfig, load, parse_override, validate
 from deepdisc_ops.errors import ConfigError
 
@@ -80,7 +79,3 @@ def test_files_that_are_no_mapping_are_refused(tmp_path: Path) -> None:
             load(tmp_path / "c.yaml")
     with pytest.raises(ConfigError, match="does not exist"):
         load(tmp_path / "absent.yaml")
-
-
-def test_the_shipped_member_is_a_training_config() -> None:
-    assert load(resources.find("tune/member.yaml")).train.steps > 0

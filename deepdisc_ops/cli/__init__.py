@@ -175,7 +175,7 @@ def _tell_scenes(out: Path, dataset: Dataset) -> None:
 
 @app.command()
 def train(
-    config: Annotated[Path | None, typer.Argument(help="YAML of a training config; defaults without one.")] = None,
+    config: Annotated[Path | None, typer.Argument(help="YAML of a training config, or a preset: lsst, jades, small.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for checkpoints and curves; an unfinished run there goes on.")] = Path("run"),
     overrides: Overrides = None,
 ) -> None:
@@ -184,7 +184,7 @@ def train(
     SIGTERM and SIGUSR1 save after the step in flight and end with exit code 85: start the same command again. Under torchrun or
     srun each process is a rank; `--set train.ranks=4` starts four on this machine.
 
-    Example: `deepdisc-ops train tune/member.yaml --out runs/a --set data.path=scenes --set train.steps=500`
+    Example: `deepdisc-ops train small --out runs/a --set data.path=scenes --set train.steps=500`
     """
     from deepdisc_ops import config as settings
 

@@ -13,7 +13,7 @@ Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a s
 
 
 def pretrain(
-    config: Annotated[Path | None, typer.Argument(help="YAML of pretraining settings; defaults without one.")] = None,
+    config: Annotated[Path | None, typer.Argument(help="YAML of pretraining settings, or the preset galaxiesml.")] = None,
     out: Annotated[Path, typer.Option(help="Folder of backbone and curves; an unfinished run goes on.")] = Path("pretrained"),
     overrides: Overrides = None,
 ) -> None:

@@ -76,7 +76,7 @@ def weights_check(
 ) -> None:
     """Show what would become of every key of model.backbone_weights in the network of a training config.
 
-    Example: `deepdisc-ops weights check tune/member.yaml --set model.backbone.name=resnet50 --set model.backbone_weights=R-50.pkl`
+    Example: `deepdisc-ops weights check jades --set model.backbone_weights=R-50.pkl`
     """
     from deepdisc_ops import config as settings
     from deepdisc_ops.model.build import DeepDisc

@@ -5,10 +5,11 @@ Glossary: C bands, S side of the crop, N objects, B samples of a batch. Boxes ar
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ from deepdisc_ops.errors import ConfigError, DeepdiscOpsError
 from deepdisc_ops.sky.frames import Frame
 from deepdisc_ops.sky.tiling import Window
 
+T = TypeVar("T")
 CLASS_NAMES = ("galaxy", "star")
 """Names of the codes GALAXY and STAR of the truth."""
 EDGE = 1.0
@@ -135,7 +137,7 @@ class CropDataset(Dataset[Sample]):
 def open_batches(
     dataset: CropDataset, *, first_step: int, steps: int, batch_size: int, workers: int = 0, rank: int = 0, ranks: int = 1
 ) -> Iterator[Batch]:
-    """The batches of optimisation steps ``first_step`` to ``steps``, prepared by ``workers`` processes (0: by this one).
+    """The batches of optimisation steps ``first_step`` to ``steps``, prepared ahead by ``workers`` processes (0: by a thread).
 
     ``batch_size`` counts the samples of all ranks. Errors of the package come out of workers as they are.
     """
@@ -147,10 +149,20 @@ def open_batches(
         generator=torch.Generator(),  # torch would draw from the global one, and a resumed run differ
         pin_memory=torch.cuda.is_available(),
     )
-    for batch in loader:
+    for batch in loader if workers else _one_ahead(loader):
         if isinstance(batch, DeepdiscOpsError):
             raise batch
         yield batch
+
+
+def _one_ahead(batches: Iterable[T]) -> Iterator[T]:
+    """The same, each prepared by a thread while its predecessor is used."""
+    source = iter(batches)
+    with ThreadPoolExecutor(1, thread_name_prefix="batches") as thread:
+        coming = thread.submit(next, source, None)
+        while (batch := coming.result()) is not None:
+            coming = thread.submit(next, source, None)
+            yield batch
 
 
 class _Forwarded(Dataset[Sample | DeepdiscOpsError]):

@@ -58,7 +58,7 @@ class DeepDisc(nn.Module):
         return self.backbone(torch.arcsinh(scaled) if self.scaling == "arcsinh" else scaled)
 
     def losses(self, images: Tensor, targets: Sequence[Instances]) -> dict[str, Tensor]:
-        """Every term of the training loss, to be summed unweighted.
+        """Every term of the training loss, to be summed; that of the redshift is weighted by ``redshift_head.loss_weight``.
 
         Targets carry gt_boxes, gt_classes, gt_redshift (NaN: no label), gt_ebv and, for a mask head, gt_masks.
         """
@@ -70,7 +70,7 @@ class DeepDisc(nn.Module):
         losses |= head_losses
         if self.redshift_settings.true_boxes:
             sampled = add_ground_truth_to_proposals(list(targets), sampled)
-        losses["loss_redshift"] = self._redshift_loss(features, sampled)
+        losses["loss_redshift"] = self.redshift_settings.loss_weight * self._redshift_loss(features, sampled)
         return losses
 
     def _redshift_loss(self, features: Features, sampled: Sequence[Instances]) -> Tensor:

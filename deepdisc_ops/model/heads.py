@@ -16,7 +16,6 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.matcher import Matcher
-from detectron2.modeling.poolers import ROIPooler
 from detectron2.modeling.proposal_generator import RPN, StandardRPNHead
 from detectron2.modeling.roi_heads import (
     CascadeROIHeads,
@@ -30,6 +29,7 @@ from torch import Tensor, nn
 
 from deepdisc_ops.config import InferenceSettings, ModelSettings, PoolerSettings, RedshiftHeadSettings
 from deepdisc_ops.model.backbones.layers import norm_layer
+from deepdisc_ops.model.pooling import Pooler
 from deepdisc_ops.photoz.mixture import GaussianMixture
 
 Shapes = dict[str, ShapeSpec]
@@ -40,10 +40,10 @@ MASK_CHUNK = 256
 """Masks are computed for so many boxes at a time: 0.2 GB of features, however many boxes a tile has."""
 
 
-def roi_pooler(shapes: Shapes, size: int, settings: PoolerSettings) -> ROIPooler:
+def roi_pooler(shapes: Shapes, size: int, settings: PoolerSettings) -> Pooler:
     """Pool every box from the level that fits its size to a grid of ``size`` x ``size``."""
     strides = [shape.stride for shape in shapes.values()]
-    return ROIPooler(
+    return Pooler(
         output_size=size,
         scales=[1 / stride for stride in strides],
         sampling_ratio=settings.samples,

@@ -54,7 +54,7 @@ TRAINING_ONLY = (
     *("proposals.iou", "proposals.samples", "proposals.before_nms", "proposals_training"),
     *("box_head.samples", "box_head.positive_fraction"),
     *("redshift_head.gold_band", "redshift_head.gold_limit", "redshift_head.stars"),
-    *("redshift_head.max_boxes", "redshift_head.true_boxes"),
+    *("redshift_head.loss_weight", "redshift_head.max_boxes", "redshift_head.true_boxes"),
 )
 
 

@@ -3,7 +3,7 @@
 ::
 
     name: quick
-    base:                                  # nested TrainingConfig values, shared by all trials
+    base:                                  # nested TrainingConfig values, shared by all trials; preset: NAME for the rest
       train: {steps: 1000}
     space:                                 # dotted TrainingConfig keys, one range each
       model.backbone.name: {grid: [tiny, small]}
@@ -140,6 +140,11 @@ class SweepSpec(Settings):
     time_limit_s: PositiveFloat | None = Field(None, description="the sweep stops its trials after so many seconds")
     retries: NonNegativeInt = Field(0, description="times a failed trial continues from its last checkpoint")
     seed: NonNegativeInt = 0
+
+    @field_validator("base", mode="before")
+    @classmethod
+    def _whole(cls, base: Any) -> Any:
+        return settings.with_preset(base) if isinstance(base, dict) else base
 
     @field_validator("mode")
     @classmethod
