@@ -252,6 +252,23 @@ def loss_curves(history: Sequence[Mapping[str, float]]) -> Figure:
     return figure
 
 
+def compared_curves(histories: Mapping[str, Sequence[Mapping[str, float]]], metrics: Sequence[str]) -> Figure:
+    """Several runs against step, a panel for each of ``metrics``; histories as in `loss_curves`, by the name of the run."""
+    if not histories or not metrics:
+        raise InputError("there is nothing to compare; give at least one run and one metric")
+    figure, panels = _figure(4.2 * len(metrics), 3.6, len(metrics))
+    for axes, metric in zip(panels, metrics, strict=True):
+        for i, (name, history) in enumerate(histories.items()):
+            step, value = _series(history, metric)
+            style = LINE_STYLES[i // len(LINE_COLOURS) % len(LINE_STYLES)]
+            axes.plot(step, value, style, color=LINE_COLOURS[i % len(LINE_COLOURS)], lw=1.5, marker=_marker(step), ms=3, label=name)
+        axes.set(xlabel="step", title=metric)
+        axes.set_xlim(left=0)
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    panels[0].legend(fontsize=8, frameon=False)
+    return figure
+
+
 def write_figure(figure: Figure, path: Path) -> None:
     """Write a PNG, replacing the file at once so that a reader never sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)

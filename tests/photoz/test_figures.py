@@ -98,6 +98,18 @@ def test_a_box_is_drawn_around_its_pixels() -> None:
     assert outline.vertices.max(0).tolist() == [7.5, 8.5]
 
 
+def test_runs_are_compared_metric_by_metric(spaced: Path) -> None:
+    runs = {"one": [{"step": 1.0, "val_nll": 0.5}, {"step": 2.0, "val_nll": 0.1}], "other": [{"step": 2.0, "val_sigma_iqr": 0.2}]}
+    figure = figures.compared_curves(runs, ("val_nll", "val_sigma_iqr"))
+    first, second = figure.axes
+    assert [line.get_label() for line in first.lines] == ["one", "other"]
+    assert first.lines[0].get_ydata().tolist() == [0.5, 0.1]
+    assert (first.lines[1].get_ydata().size, second.lines[1].get_ydata().tolist()) == (0, [0.2])
+    assert png(figure, spaced).size > 0
+    with pytest.raises(InputError, match="nothing to compare"):
+        figures.compared_curves({}, ("val_nll",))
+
+
 def test_loss_curves_show_every_name_and_skip_gaps(spaced: Path) -> None:
     history: list[dict[str, float]] = [{"step": s, "train_loss": 10 / s, "lr": 1e-3, "images_per_s": 2.0} for s in (10, 20, 300)]
     history[2] |= {"val_nll": -0.3, "val_bias": float("nan"), "val_loss": 1.0}

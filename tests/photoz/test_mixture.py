@@ -265,6 +265,39 @@ def test_gradients_reach_all_parameters() -> None:
             assert (gradient != 0).any(dim=0).all()
 
 
+@pytest.mark.parametrize("components", [1, 5])
+def test_gradients_are_those_of_finite_differences(components: int) -> None:
+    mixture = random_mixture(6, components, seed=17)
+    parameters = tuple(t.requires_grad_() for t in (mixture.logits, mixture.means, mixture.log_sigmas))
+    z = torch.linspace(0.1, 2, 6, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda *each: GaussianMixture(*each).log_prob(z), parameters)
+    assert torch.autograd.gradcheck(lambda *each: GaussianMixture(*each).truncated_cdf(z), parameters)
+
+
+@pytest.mark.parametrize("components", [1, 5])
+def test_the_likelihood_is_finite_far_outside_in_single_precision(components: int) -> None:
+    shape = (4, components)
+    parameters = [torch.zeros(shape), torch.full(shape, 0.5), torch.full(shape, math.log(0.003))]
+    z = torch.tensor([1100.0, 12.0, 0.0, -9.0])
+    narrow = GaussianMixture(*(each.requires_grad_() for each in parameters))
+    likelihood = narrow.log_prob(z)
+    assert torch.isfinite(likelihood).all()
+    assert all(torch.isfinite(gradient).all() for gradient in torch.autograd.grad(likelihood.sum(), parameters))
+
+
+def test_qp_agrees() -> None:
+    qp = pytest.importorskip("qp")
+    mixture = random_mixture(40, 5, seed=18)
+    weights, means, sigmas = (t.numpy() for t in (mixture.weights, mixture.means, mixture.sigmas))
+    theirs = qp.Ensemble(qp.mixmod, data={"weights": weights, "means": means, "stds": sigmas})
+    grid = np.linspace(-1, 5, 601)
+    ours = torch.from_numpy(grid)[None]
+    np.testing.assert_allclose(mixture.log_prob(ours).exp(), theirs.pdf(grid), rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(mixture.cdf(ours), theirs.cdf(grid), rtol=0, atol=1e-12)
+    truth = np.linspace(0.05, 3, 40)
+    np.testing.assert_allclose(mixture.cdf(torch.from_numpy(truth)), theirs.cdf(truth[:, None])[:, 0], rtol=0, atol=1e-12)
+
+
 def test_levels_outside_the_unit_interval_are_rejected() -> None:
     with pytest.raises(ValueError, match="strictly between 0 and 1"):
         random_mixture(1, 1, seed=0).quantiles((0.5, 1.0))
