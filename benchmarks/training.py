@@ -8,7 +8,7 @@ workers. What our loop gains is told by a ladder that adds one cause at a time. 
 from its own warm process of data; a figure is the median over rounds.
 
 `step_over_gemm_peak`: operations of a step (convolutions and matrix products, forward and backward) per second, over those of the
-fastest matrix product of this process.
+fastest matrix product of this process, by NumPy, torch or oneDNN; both in single precision.
 """
 
 from __future__ import annotations
@@ -302,7 +302,8 @@ def main() -> None:
         table.add_row(name, f"{rung['images_per_s']:.2f}", f"{100 * rung['data_wait']:.1f} %", gain)
         before = rung["images_per_s"]
     console.print(table)
-    peak = record.gemm_gflops()
+    figures["peaks_gflops"] = record.peaks_gflops()
+    peak = max(figures["peaks_gflops"].values())
     ratios = {
         "training_over_simpletrainer": our_loop["images_per_s"] / stock_loop["images_per_s"],
         "bf16_over_float32": in_bf16["images_per_s"] / our_loop["images_per_s"],
