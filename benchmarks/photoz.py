@@ -92,10 +92,11 @@ def look(task: Task) -> Seen:
     partner = np.full(len(scene.catalog), -1)
     partner[matches.index1] = matches.index2
     mine = partner[gold]
-    weights, means, sigmas = (
-        np.where((mine >= 0)[:, None], each[mine], 0.0) for each in (found.weights, found.means, found.sigmas)
-    )
-    return Seen(mine >= 0, weights, means, sigmas, len(found), len(found) - len(matches.index2))
+    there = mine >= 0
+    weights, means, sigmas = (np.zeros((len(gold), network.components)) for _ in range(3))
+    for table, answers in ((weights, found.weights), (means, found.means), (sigmas, found.sigmas)):
+        table[there] = answers[mine[there]]
+    return Seen(there, weights, means, sigmas, len(found), len(found) - len(matches.index2))
 
 
 def baselines(files: dict[Split, Path], bands: int) -> dict[str, tuple[Floats, Floats]]:

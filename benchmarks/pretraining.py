@@ -24,6 +24,7 @@ from deepdisc_ops.data.cutouts import write_cutouts
 from deepdisc_ops.data.reference import build_reference
 from deepdisc_ops.data.store import Dataset, open_dataset
 from deepdisc_ops.photoz.figures import compared_curves, write_figure
+from deepdisc_ops.training.checkpoint import read_history
 from deepdisc_ops.training.loop import train
 from deepdisc_ops.training.pretrain import pretrain
 
@@ -75,8 +76,8 @@ def backbone(dataset: Dataset, effort: Effort, work: Path) -> tuple[Path, Histor
         },
         "pretraining",
     )
-    history: History = []
-    return pretrain(settings, work / "backbone", report=lambda step, metrics: told("pretraining", step, metrics, history)), history
+    weights = pretrain(settings, work / "backbone", report=lambda step, metrics: told("pretraining", step, metrics))
+    return weights, read_history(work / "backbone" / "last")
 
 
 def detector(name: str, dataset: Dataset, effort: Effort, work: Path, overrides: Sequence[str]) -> History:
@@ -91,14 +92,12 @@ def detector(name: str, dataset: Dataset, effort: Effort, work: Path, overrides:
             *overrides,
         ],
     )
-    history: History = []
-    train(config, work / name, report=lambda step, metrics: told(name, step, metrics, history))
-    return history
+    train(config, work / name, report=lambda step, metrics: told(name, step, metrics))
+    return read_history(work / name / "last")
 
 
-def told(name: str, step: int, metrics: Mapping[str, float], history: History) -> None:
-    """Keep and print a validation."""
-    history.append({"step": float(step), **metrics})
+def told(name: str, step: int, metrics: Mapping[str, float]) -> None:
+    """Print a validation."""
     figures = ", ".join(f"{key} {metrics[key]:.4f}" for key in (*METRICS, "val_loss") if key in metrics)
     console.print(f"{name}, step {step}: {figures}")
 

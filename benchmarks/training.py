@@ -19,7 +19,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,15 +59,16 @@ Step = Callable[[], float]
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is done: scenes, steps of a round, rounds."""
+    """How much is done: scenes, steps of a round, rounds; seconds between them."""
 
     scenes: int
     steps: int
     rounds: int
+    settle_s: float
 
 
-FULL = Effort(scenes=32, steps=12, rounds=7)
-QUICK = Effort(scenes=4, steps=2, rounds=2)
+FULL = Effort(scenes=32, steps=12, rounds=7, settle_s=3.0)
+QUICK = Effort(scenes=4, steps=2, rounds=2, settle_s=0.0)
 
 
 @dataclass
@@ -236,7 +237,7 @@ def ladder(config: TrainingConfig, dataset: Dataset, rows: list[dict[str, Any]],
     half = config.model_copy(update={"train": config.train.model_copy(update={"precision": "bf16"})})
     steps = {
         "detectron2's SimpleTrainer": stock(config, dataset, rows, best["stock"]),
-        "our data, its layout": ours(config, dataset, 0, layout=torch.contiguous_format),
+        "our data, its layout": ours(config, dataset, best["ours"], layout=torch.contiguous_format),
         "and channels last: our loop": ours(config, dataset, best["ours"]),
         "and products in bf16": ours(half, dataset, best["ours"]),
     }
@@ -250,13 +251,14 @@ def measured(rungs: list[Rung], effort: Effort, batch: int) -> None:
             rung.step()
     for _ in range(effort.rounds):
         for rung in rungs:
+            time.sleep(effort.settle_s)  # workers of the rung before fill their queues again
             rung.round(effort.steps, batch)
 
 
 def best_workers(make: Callable[[int], Step], effort: Effort, batch: int) -> tuple[int, dict[int, float]]:
     """The number of workers with the highest rate, and all rates."""
     rungs = [Rung(str(count), make(count), [], []) for count in WORKERS]
-    measured(rungs, Effort(effort.scenes, effort.steps, min(3, effort.rounds)), batch)
+    measured(rungs, replace(effort, rounds=min(3, effort.rounds)), batch)
     rates = {count: rung.rate for count, rung in zip(WORKERS, rungs, strict=True)}
     return max(rates, key=lambda count: rates[count]), rates
 

@@ -32,7 +32,7 @@ PAPERS: dict[str, dict[str, Any]] = {
         "train.lr": 1e-3,
     },
     "jades": {
-        "model.bands": ("F090W", "F115W", "F150W", "F200W", "F277W", "F335M", "F356W", "F410M", "F444W"),
+        "model.bands": ("f090w", "f115w", "f150w", "f200w", "f277w", "f335m", "f356w", "f410m", "f444w"),
         "model.classes": ("object",),
         "model.input.scaling": "zscore",
         "model.backbone.name": "resnet50",

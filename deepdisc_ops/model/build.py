@@ -60,13 +60,17 @@ class DeepDisc(nn.Module):
     def losses(self, images: Tensor, targets: Sequence[Instances]) -> dict[str, Tensor]:
         """Every term of the training loss, to be summed; that of the redshift is weighted by ``redshift_head.loss_weight``.
 
-        Targets carry gt_boxes, gt_classes, gt_redshift (NaN: no label), gt_ebv and, for a mask head, gt_masks.
+        Targets carry gt_boxes, gt_classes, gt_redshift (NaN: no label), gt_ebv and, for a mask head, gt_masks. Raises
+        FloatingPointError where predicted boxes are no numbers.
         """
         features = self.features(images)
         image_list = ImageList(images, [(images.shape[2], images.shape[3])] * len(images))
-        with EventStorage():  # detectron2's heads insist on a place for their own statistics
-            proposals, losses = self.proposals(image_list, features, list(targets))
-            sampled, head_losses = self.box_heads(image_list, features, proposals, list(targets))
+        try:
+            with EventStorage():  # detectron2's heads insist on a place for their own statistics
+                proposals, losses = self.proposals(image_list, features, list(targets))
+                sampled, head_losses = self.box_heads(image_list, features, proposals, list(targets))
+        except AssertionError as error:  # of `Boxes.clip`, between the stages of a cascade
+            raise FloatingPointError(str(error)) from error
         losses |= head_losses
         if self.redshift_settings.true_boxes:
             sampled = add_ground_truth_to_proposals(list(targets), sampled)

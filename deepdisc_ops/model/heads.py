@@ -186,6 +186,8 @@ class RedshiftHead(nn.Module):
         seen = self.pooler([features[name] for name in self.levels], list(boxes)).flatten(1)
         if self.takes_ebv:
             seen = torch.cat([seen, ebv[:, None]], dim=1)
-        logits, means, log_sigmas = self.mixture(seen).float().split(self.components, dim=1)
+        with torch.autocast(seen.device.type, enabled=False):  # half precision would round redshifts to some 0.01
+            answers = self.mixture(seen.float())
+        logits, means, log_sigmas = answers.split(self.components, dim=1)
         floor = torch.full_like(log_sigmas, self.log_floor)
         return GaussianMixture(logits, means, torch.logaddexp(log_sigmas, floor))

@@ -26,14 +26,20 @@ class Pooler(ROIPooler):
 
     def forward(self, x: list[Tensor], box_lists: list[Boxes]) -> Tensor:
         """Features (N, C, S, S), channels last, of the boxes of every image; x are the levels (B, C, h, w), finest first."""
-        if x[0].device.type != "cpu":
-            return super().forward(x, box_lists)
-        counts = torch.tensor([len(boxes) for boxes in box_lists])
-        return self.pool(x, Boxes.cat(box_lists).tensor, torch.arange(len(box_lists)).repeat_interleave(counts))
+        counts = torch.tensor([len(boxes) for boxes in box_lists], device=x[0].device)
+        image = torch.arange(len(box_lists), device=x[0].device).repeat_interleave(counts)
+        return self.pool(x, Boxes.cat(box_lists).tensor, image)
 
     def pool(self, levels: Sequence[Tensor], boxes: Tensor, image: Tensor) -> Tensor:
-        """As `forward`, of boxes (N, 4) px in images ``image`` (N,), on the CPU."""
+        """As `forward`, of boxes (N, 4) px in images ``image`` (N,); zeros for a box that is no number.
+
+        What trains in half precision is summed in single.
+        """
+        boxes = torch.where(torch.isfinite(boxes).all(dim=1, keepdim=True), boxes, 0.0)
+        if levels[0].device.type != "cpu":
+            return self._by_kernel(levels, boxes, image)
         side, channels = self.output_size[0], levels[0].shape[1]
+        dtype = torch.float32 if levels[0].requires_grad else levels[0].dtype
         order, parts = [], []
         level_of = assign_boxes_to_levels(
             [Boxes(boxes)], self.min_level, self.max_level, self.canonical_box_size, self.canonical_level
@@ -45,12 +51,26 @@ class Pooler(ROIPooler):
             order += [here[group] for _, group in groups]
             taps = [_taps(features.shape, scaled[group], image[here[group]], side, samples) for samples, group in groups]
             if taps:
-                pixels = features.float().permute(0, 2, 3, 1).reshape(-1, channels)
-                parts.append(_WeightedSum.apply(pixels, *_joined(taps)))
+                pixels = features.to(dtype).permute(0, 2, 3, 1).reshape(-1, channels)
+                index, weights, starts = _joined(taps)
+                parts.append(_WeightedSum.apply(pixels, index, weights.to(dtype), starts))
         if not parts:
-            return levels[0].new_zeros((0, channels, side, side), dtype=torch.float32)
+            return levels[0].new_zeros((0, channels, side, side), dtype=dtype)
         cells = torch.cat(parts).view(-1, side, side, channels)
         return cells[torch.argsort(torch.cat(order))].permute(0, 3, 1, 2)
+
+    def _by_kernel(self, levels: Sequence[Tensor], boxes: Tensor, image: Tensor) -> Tensor:
+        """With torchvision's kernel, which is quick on a GPU; in single precision, since it rounds boxes to that of the pixels."""
+        level_of = assign_boxes_to_levels(
+            [Boxes(boxes)], self.min_level, self.max_level, self.canonical_box_size, self.canonical_level
+        )
+        regions = torch.cat([image[:, None].to(boxes.dtype), boxes], dim=1)
+        side = self.output_size[0]
+        pooled = levels[0].new_zeros((len(boxes), levels[0].shape[1], side, side), dtype=torch.float32)
+        for level, (features, align) in enumerate(zip(levels, self.level_poolers, strict=True)):
+            here = torch.nonzero(level_of == level).flatten()
+            pooled = pooled.index_put((here,), align(features.float(), regions[here]))
+        return pooled
 
 
 class _WeightedSum(torch.autograd.Function):

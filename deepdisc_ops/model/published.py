@@ -46,7 +46,8 @@ USUAL_INFERENCE = {"score_threshold": 0.05, "nms_threshold": 0.5, "fixed_proposa
 BUFFERS_OF_OLD = re.compile(r"(pixel_mean|pixel_std|.*\.cell_anchors\.\d+)$")
 """Buffers that detectron2 kept in checkpoints before 2020 and sets from the config since."""
 FREE = (
-    *("bands", "classes", "input", "pixel_scale", "anchor_sizes", "proposals.aspect_ratios"),
+    *("bands", "classes", "pixel_scale", "anchor_sizes", "proposals.aspect_ratios"),
+    *("input.mean_njy", "input.std_njy", "input.noise_njy", "input.softening"),
     *("backbone.drop_path", "backbone.recompute", "backbone_weights", "first_convolution", "redshift_head.sigma_floor"),
 )
 """Settings that the published code has too, or that its answers hardly depend on: a floor far below every sigma."""

@@ -161,7 +161,8 @@ def check_devices(settings: TrainSettings, world: World | None = None) -> torch.
     if world is None and ranks == 1:
         needed, index = (device.index or 0) + 1, device.index or 0
     else:
-        needed, index = (world.local_rank + 1, world.local_rank) if world else (ranks, 0)
+        index = world.local_rank if world and there != 1 else 0  # a task that sees one GPU was given it, as by --gpus-per-task=1
+        needed = index + 1 if world else ranks
     if needed > there:
         raise ConfigError(
             f"train.device {settings.device} with {ranks} ranks needs {needed} GPUs on this machine, found {there}; "

@@ -94,7 +94,7 @@ def _losses(
     frame = Frame.of(Window(0, 0, record.width // side * side, record.height // side * side))
     truth = truth_in(labels, frame, objects_inside(labels, frame), record.objects if config.model.mask_head else None)
     pixels = torch.from_numpy(np.ascontiguousarray(frame.cut(image.data))).to(device)
-    with torch.no_grad(), torch.random.fork_rng():
+    with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
         try:
             losses = network.losses(pixels[None], [to_instances(truth, pixels)])

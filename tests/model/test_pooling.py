@@ -30,6 +30,7 @@ def boxes_of_all_kinds() -> list[Boxes]:
             [10, 10, 10, 10],  # nothing
             [10, 10, 10, 30],  # a line
             [40, 40, 40.01, 40.01],
+            [300.3, 5, 307.1, 12],  # not to be rounded to half precision
         ]
     )
     return [Boxes(many[:70]), Boxes(torch.cat([odd, many[70:]]))]
@@ -76,8 +77,35 @@ def test_no_box_gives_no_features_and_no_gradient() -> None:
     assert pooled.shape == (0, 8, 5, 5)
 
 
-def test_half_precision_features_are_summed_in_single() -> None:
+def test_what_trains_in_half_precision_is_summed_in_single() -> None:
     levels, boxes = pyramid(), boxes_of_all_kinds()
-    halves = [level.detach().bfloat16() for level in levels]
+    halves = [level.detach().bfloat16().requires_grad_() for level in levels]
     pooler = Pooler(output_size=5, sampling_ratio=0, **SETTINGS)
     torch.testing.assert_close(pooler(halves, boxes), pooler([half.float() for half in halves], boxes))
+    assert pooler([half.detach() for half in halves], boxes).dtype == torch.bfloat16
+
+
+def test_the_order_of_boxes_is_free() -> None:
+    levels, boxes = pyramid(), Boxes.cat(boxes_of_all_kinds()).tensor
+    image, order = torch.arange(len(boxes)) % 2, torch.randperm(len(boxes), generator=torch.Generator().manual_seed(2))
+    pooler = Pooler(output_size=3, sampling_ratio=0, **SETTINGS)
+    torch.testing.assert_close(pooler.pool(levels, boxes, image)[order], pooler.pool(levels, boxes[order], image[order]))
+
+
+def test_the_kernel_for_gpus_answers_the_same() -> None:
+    levels, boxes = pyramid(), Boxes.cat(boxes_of_all_kinds()).tensor
+    image, pooler = torch.arange(len(boxes)) % 2, Pooler(output_size=5, sampling_ratio=0, **SETTINGS)
+    torch.testing.assert_close(pooler.pool(levels, boxes, image), pooler._by_kernel(levels, boxes, image), atol=1e-4, rtol=1e-4)
+    halves = [level.detach().bfloat16().requires_grad_() for level in levels]
+    torch.testing.assert_close(pooler.pool(halves, boxes, image), pooler._by_kernel(halves, boxes, image), atol=1e-4, rtol=1e-4)
+
+
+def test_a_box_that_is_no_number_keeps_its_place() -> None:
+    levels, boxes = pyramid(), Boxes.cat(boxes_of_all_kinds()).tensor
+    pooler, image = Pooler(output_size=5, sampling_ratio=0, **SETTINGS), torch.arange(len(boxes)) % 2
+    pooled = pooler.pool(levels, boxes, image)
+    boxes[3, 2] = torch.nan
+    broken = pooler.pool(levels, boxes, image)
+    assert (broken[3] == 0).all()
+    others = torch.arange(len(boxes)) != 3
+    torch.testing.assert_close(broken[others], pooled[others])
