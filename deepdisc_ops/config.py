@@ -341,13 +341,61 @@ class InferenceSettings(Settings):
         None, description="instead, the caps on proposals of a tile, per level before NMS and in all after it [1000, 1000]"
     )
     max_detections: PositiveInt | None = Field(None, description="instead, the cap on detections of a tile [100]")
+    crowding: PositiveInt = Field(
+        4, description="both caps grow up to so many times in a tile that needs it; caps that are set instead never do"
+    )
     tile: PositiveInt = Field(512, description="side of the square the network sees at once")
     overlap: PositiveInt = Field(64, description="pixels that neighbouring tiles share")
+    batch: PositiveInt = Field(1, description="tiles of one size that the network sees together; more than 1 pays on GPUs")
+    preset: Literal["exact", "fast"] = Field(
+        "exact", description="fast: proposals without hope are given up early, by least_objectness and least_score; see precision"
+    )
+    least_objectness: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.3, description="fast: probability below which a proposal does not reach the box heads"
+    )
+    least_score: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.05, description="fast: mean score below which a proposal leaves the cascade between its stages"
+    )
+    precision: Literal["auto", "float32", "bf16", "fp16"] = Field(
+        "auto",
+        description="of the products at inference; auto: bf16 in the fast preset where the processor computes in it, else "
+        "float32; fp16 on GPUs only",
+    )
+    compile: bool = Field(False, description="torch.compile of the backbone: slow to start; on a CPU it needs a C++ compiler")
+    threads: Annotated[int, Field(ge=0)] = Field(0, description="CPU threads of a process; 0 leaves torch's choice")
 
     @model_validator(mode="after")
     def _advances(self) -> InferenceSettings:
         if self.tile < self.overlap + 32:
             raise ValueError(f"tile {self.tile} does not advance with overlap {self.overlap}; make it at least 32 px larger")
+        return self
+
+
+class EnsembleSettings(Settings):
+    """How the answers of several members become one; kept in ensemble.yaml."""
+
+    match: Literal["intersection", "majority", "union"] = Field(
+        "intersection", description="objects that all members found (JADES), more than half of them, or any of them"
+    )
+    min_iou: Fraction = Field(0.3, description="boxes of two members that are one object overlap by at least this (JADES)")
+    weights: Literal["likelihood", "log_likelihood", "uniform"] | Annotated[tuple[PositiveFloat, ...], NonEmpty] = Field(
+        "likelihood",
+        description="of the members: exp(-mean validation NLL), which is the likelihood per object; its logarithm, where that is "
+        "positive for all; equal; or a number for each",
+    )
+    components: PositiveInt | None = Field(
+        None, description="Gaussians of a combined redshift mixture, merged until so many are left; none: all of all members"
+    )
+    max_divergence: Annotated[float, Field(ge=0)] | None = Field(
+        None,
+        description="nats by which merging may change a mixture; where it would be more, components beyond the number stay, and "
+        "every mixture has as many columns as all members together",
+    )
+
+    @model_validator(mode="after")
+    def _merges(self) -> EnsembleSettings:
+        if self.max_divergence is not None and self.components is None:
+            raise ValueError("max_divergence bounds the merging of components, which is off; set components too")
         return self
 
 

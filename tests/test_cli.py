@@ -137,17 +137,29 @@ def test_wrong_number_of_planes(
 
 
 def test_a_model_of_another_pixel_scale(
-    mosaic: Path, tiny_ensemble: Path, spaced: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    mosaic: Path,
+    tiny_ensemble: Path,
+    spaced: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    from deepdisc_ops.sky.catalog import read_catalog
+    from deepdisc_ops.sky.detections import Flag
+
     with fits.open(mosaic) as file:
         for hdu in file[1:7]:
             for key in ("CDELT1", "CDELT2"):
                 hdu.header[key] *= 2
         file.writeto(spaced / "coarse.fits")
-    words = ("predict", spaced / "coarse.fits", "--model", tiny_ensemble, "--out", spaced / "c.fits")
-    code, errors = run(*words, capsys=capsys, monkeypatch=monkeypatch)
-    assert code == 2
-    assert "0.4000 arcsec/px, the model was trained at 0.2000 arcsec/px" in errors
+    words = ("predict", spaced / "coarse.fits", "--model", tiny_ensemble, "--out", spaced / "c.parquet")
+    with caplog.at_level("WARNING"):
+        assert run(*words, capsys=capsys, monkeypatch=monkeypatch)[0] == 0
+    told = "pixel scale is 0.4 arcsec, in training 0.2"
+    assert any(told in record.getMessage() for record in caplog.records)
+    table = read_catalog(spaced / "c.parquet")
+    assert ((np.asarray(table["flags"]) & Flag.OUT_OF_DOMAIN) > 0).all()
+    assert told in table.meta["warnings"]
 
 
 def test_a_damaged_archive(
@@ -171,6 +183,97 @@ def test_an_endpoint_that_is_down(
     assert "deepdisc-ops serve start" in errors
 
 
+def test_everything_at_once_and_then_the_given_list(
+    mosaic: Path, tiny_ensemble: Path, spaced: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Photometry, area, picture and other settings of the ensemble; the catalogue then given back as a list."""
+    from deepdisc_ops.sky.catalog import read_catalog
+
+    names = ("c.parquet", "c.hdf5", "c.reg", "a.moc.fits")
+    out = [word for name in names for word in ("--out", spaced / name)]
+    words = ("predict", mosaic, "--model", tiny_ensemble, *out, "--set", "match=union", "--picture", spaced / "p.png")
+    assert run(*words, "--memory", "swap", "--window", 128, capsys=capsys, monkeypatch=monkeypatch) == (0, "")
+    assert {path.name for path in spaced.iterdir()} == {*names, "p.png"}
+    table = read_catalog(spaced / "c.parquet")
+    assert len(table) > 10
+    assert {"flux_i", "flux_iso_err_y", "snr_g"} <= set(table.colnames)
+    assert '"match": "union"' in table.meta["members"]
+    assert float(table.meta["seconds"]) > 0
+    assert set(table["n_members"]) == {1, 2}
+    listed = ("--forced", spaced / "c.parquet", "--forced-columns", "id,z_mode", "--no-photometry", "--out", spaced / "f.fits")
+    assert run("predict", mosaic, "--model", tiny_ensemble, *listed, capsys=capsys, monkeypatch=monkeypatch) == (0, "")
+    forced = read_catalog(spaced / "f.fits")
+    np.testing.assert_array_equal(forced["given_id"], table["id"])
+    np.testing.assert_array_equal(forced["id"], table["id"])
+    assert set(forced["n_members"]) == {2}
+    assert "flux_i" not in forced.colnames
+    words = ("predict", mosaic, "--model", tiny_ensemble, "--masks", "--out", spaced / "m.fits")
+    code, errors = run(*words, capsys=capsys, monkeypatch=monkeypatch)
+    assert (code, errors.count("\n")) == (2, 1)
+    assert "error: member member-0: " in errors
+    assert not list(spaced.glob("m.fits*"))
+
+
+def test_a_run_whose_disk_fills_up_goes_on(
+    mosaic: Path, tiny_ensemble: Path, spaced: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file size limit of the process stands for the disk: pages of the journal fit below it, the catalogue does not."""
+    import resource
+    import signal
+
+    from deepdisc_ops.sky.catalog import read_catalog
+
+    words = ("predict", mosaic, "--model", tiny_ensemble, "--window", 128)
+    assert run(*words, "--out", spaced / "whole.fits", capsys=capsys, monkeypatch=monkeypatch) == (0, "")
+    size = (spaced / "whole.fits").stat().st_size
+    pages = size // 2
+    out = spaced / "c.fits"
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (pages, before[1]))
+        code, errors = run(*words, "--out", out, capsys=capsys, monkeypatch=monkeypatch)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert code == 2
+    assert errors.count("\n") == 1
+    assert "free space or choose another place" in errors
+    assert {path.name for path in spaced.iterdir()} == {"whole.fits", "c.fits.unfinished"}
+    kept = sorted(path.name for path in (spaced / "c.fits.unfinished").glob("*.npz"))
+    assert len(kept) >= 4
+
+    def nothing(*_: object, **__: object) -> None:
+        raise AssertionError("a window was looked at twice")
+
+    monkeypatch.setattr("deepdisc_ops.inference.ensemble.Ensemble.predict", nothing)
+    assert run(*words, "--out", out, capsys=capsys, monkeypatch=monkeypatch) == (0, "")
+    one, other = read_catalog(out), read_catalog(spaced / "whole.fits")
+    for name in one.colnames:
+        np.testing.assert_array_equal(one[name], other[name])
+    assert {path.name for path in spaced.iterdir()} == {"whole.fits", "c.fits"}
+
+
+def test_a_member_is_tuned(
+    tiny_checkpoints: list[Path],
+    mini_dataset: Path,
+    spaced: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from deepdisc_ops.model.weights import read_info
+
+    member = Path(shutil.copytree(tiny_checkpoints[0], spaced / "member"))
+    words = ("members", "tune", member, "--data", mini_dataset)
+    monkeypatch.setattr(sys, "argv", ["deepdisc-ops", *map(str, words)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert not ended.value.code
+    told = capsys.readouterr().out
+    assert "overlap 0.7" in told
+    assert "best:" in told
+    assert "tuned_f1" in read_info(member).metrics
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -190,6 +293,13 @@ def test_an_endpoint_that_is_down(
             ("predict", "m.fits", "--out", "c.fits", "--model", "m", "--bad-bits", "0xyz"),
             "neither an integer, as 5 or 0x5, nor names",
         ),
+        (("predict", "m.fits", "--out", "c.fits", "--server", "s", "--masks"), "does not understand --masks;"),
+        (("predict", "m.fits", "--out", "c.fits", "--model", "m", "--ray-address", "a:1"), "of use with --actors alone"),
+        (("predict", "m.fits", "--out", "c.reg", "--model", "m", "--picture", "p.png"), "--picture is drawn from a table"),
+        (("predict", "m.fits", "--out", "c.fits", "--model", "m", "--forced", "l.fits", "--masks"), "given objects have no masks"),
+        (("predict", "m.fits", "--out", "a.moc.fits", "--model", "m", "--forced", "l.fits"), "--forced-for all searches no area"),
+        (("predict", "m.fits", "--out", "c.fits", "--model", "m", "--set", "match=union"), "m is no ensemble"),
+        (("members", "tune", "m", "--data", "d"), "m"),
         (("archive", "build", "--out", "x.mar"), "name either checkpoint folders or --members"),
         (("serve", "start", "absent.mar"), "absent.mar"),
         (("evaluate", "absent.parquet", "--truth", "absent.fits"), "absent.parquet does not exist"),

@@ -5,12 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shlex
 import sys
-import tempfile
 import warnings
-from contextlib import ExitStack
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,9 +14,11 @@ import typer
 from rich.table import Table
 
 import deepdisc_ops
-from deepdisc_ops.cli.console import console, progress_bar
+from deepdisc_ops.cli.console import console, progress_bar, short
 from deepdisc_ops.cli.data import data_app
+from deepdisc_ops.cli.members import members_app
 from deepdisc_ops.cli.model import model_app
+from deepdisc_ops.cli.predict import predict
 from deepdisc_ops.cli.pretrain import pretrain
 from deepdisc_ops.cli.truth import truth_app
 from deepdisc_ops.cli.weights import weights_app
@@ -28,11 +26,9 @@ from deepdisc_ops.errors import ConfigError, DeepdiscOpsError
 
 if TYPE_CHECKING:
     from deepdisc_ops.data.store import Dataset
-    from deepdisc_ops.inference.mosaic import Predictor
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", help=deepdisc_ops.__doc__)
 sweep_app = typer.Typer(no_args_is_help=True, help="Ray Tune sweeps, tracked in MLflow.")
-members_app = typer.Typer(no_args_is_help=True, help="The choice of ensemble members.")
 archive_app = typer.Typer(no_args_is_help=True, help="Model archives: an ensemble in one .mar file.")
 serve_app = typer.Typer(no_args_is_help=True, help="The TorchServe endpoint.")
 setup_app = typer.Typer(no_args_is_help=True, help="Parts that pip alone does not install.")
@@ -49,12 +45,11 @@ for name, sub in {
 }.items():
     app.add_typer(sub, name=name)
 app.command()(pretrain)
+app.command()(predict)
 
 REFERENCE_WORDS = ("out", "reference", "packed", "processes")  # what may be said with --reference
-STRIDE = 32  # windows start on multiples of any network's stride
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a setting, as in train.lr=0.001; may be repeated.")]
 SkyOverrides = Annotated[list[str] | None, typer.Option("--set", help="Override a setting of the sky, as in clustering=0.4.")]
-ModelPath = Annotated[Path | None, typer.Option(help="A .mar archive, an ensemble folder or a checkpoint folder (RUN/best).")]
 RunDir = Annotated[Path, typer.Option(help="The server's private folder, with its logs and its discovery file.")]
 
 
@@ -237,61 +232,12 @@ def sweep_run(
         table.add_column(column)
     for trial in sorted(result.trials, key=lambda t: t.best.get("val_nll", float("inf"))):
         values = ", ".join(
-            f"{key.rsplit('.', 2)[-2] if key.endswith('.name') else key.rsplit('.', 1)[-1]} {_short(value)}"
+            f"{key.rsplit('.', 2)[-2] if key.endswith('.name') else key.rsplit('.', 1)[-1]} {short(value)}"
             for key, value in trial.values.items()
         )
-        figures = [_short(trial.best.get(key)) for key in ("val_nll", "val_sigma_iqr", "val_outliers", "val_completeness")]
+        figures = [short(trial.best.get(key)) for key in ("val_nll", "val_sigma_iqr", "val_outliers", "val_completeness")]
         table.add_row(trial.trial_id, trial.state, str(trial.step), values, *figures)
     console.print(table)
-
-
-@members_app.command("select")
-def members_select(
-    sweep: Annotated[str, typer.Argument(help="Name of the sweep, or the id of its parent run.")],
-    tracking_uri: Annotated[str, typer.Option(help="MLflow store of the sweep, such as sqlite:///sweep/mlflow.db.")],
-    out: Annotated[Path, typer.Option(help="YAML file for the selection.")] = Path("members.yaml"),
-    k: Annotated[int, typer.Option("-k", min=1, help="Members to choose.")] = 2,
-    metric: Annotated[str, typer.Option(help="Metric that ranks the trials.")] = "val_nll",
-    min_completeness: Annotated[float, typer.Option(min=0, max=1, help="Least completeness of gold galaxies.")] = 0.0,
-    max_per_backbone: Annotated[int | None, typer.Option(min=1, help="At most so many members of one backbone.")] = None,
-) -> None:
-    """Choose the best trials of a sweep as ensemble members.
-
-    Example: `deepdisc-ops members select quick --tracking-uri sqlite:///sweep/mlflow.db -k 2 --out members.yaml`
-    """
-    from deepdisc_ops.sweeps import select
-
-    chosen = select.select_members(
-        tracking_uri,
-        sweep,
-        k,
-        into=out.parent / "members",
-        metric=metric,
-        min_completeness=min_completeness,
-        max_per_backbone=max_per_backbone,
-    )
-    select.write_selection(chosen, out)
-    table = Table("run", "backbone", "fraction", metric, "val_sigma_iqr", "val_completeness", title=f"{k} members in {out}")
-    for member in chosen:
-        figures = [_short(member.metrics.get(key)) for key in (metric, "val_sigma_iqr", "val_completeness")]
-        table.add_row(member.run_id[:8], member.config.model.backbone.name, _short(member.config.data.fraction), *figures)
-    console.print(table)
-
-
-@members_app.command("gather")
-def members_gather(
-    checkpoints: Annotated[list[Path], typer.Argument(help="Checkpoint folders (RUN/best).")],
-    out: Annotated[Path, typer.Option(help="The ensemble folder to write.")],
-    half: Annotated[bool, typer.Option("--half", help="Store weights in 16 bits: half the size.")] = False,
-) -> None:
-    """Gather checkpoints into an ensemble folder, which `predict` and `archive build` take.
-
-    Example: `deepdisc-ops members gather runs/1/best runs/2/best --out ensemble --half`
-    """
-    from deepdisc_ops.inference.ensemble import write_ensemble
-
-    write_ensemble(out, checkpoints, half=half)
-    console.print(f"{out}: {len(checkpoints)} members, {sum(f.stat().st_size for f in out.iterdir()) / 1e6:.1f} MB")
 
 
 @archive_app.command("build")
@@ -377,95 +323,6 @@ def serve_stop(run_dir: RunDir = Path("server")) -> None:
 
 
 @app.command()
-def predict(
-    images: Annotated[list[Path], typer.Argument(help="One multi-extension FITS, a cube, a file per band, or .npz.")],
-    out: Annotated[list[Path], typer.Option(help="Catalogue to write: .parquet or .fits; may be repeated.")],
-    model: ModelPath = None,
-    server: Annotated[Path | None, typer.Option(help="Use the endpoint of this run directory (or server.json) instead.")] = None,
-    ebv: Annotated[
-        str, typer.Option(help="Milky Way E(B-V): a number in mag, or a map: sfd, csfd, planck, planck_gnilc, lenz2017, bh.")
-    ] = "0.03",
-    dust_maps: Annotated[Path | None, typer.Option(help="Folder of the dust maps.")] = None,
-    dust_scale: Annotated[float, typer.Option(help="Factor on the dust map; 0.86 turns SFD into SF11.")] = 1.0,
-    plane_bands: Annotated[
-        str | None, typer.Option(help="Names of the image planes where the files do not tell: g,r,i,z,y.")
-    ] = None,
-    zero_point: Annotated[float | None, typer.Option(help="AB magnitude of one count where the headers do not tell.")] = None,
-    pixel_scale: Annotated[float | None, typer.Option(help="Arcsec per pixel where there is no WCS.")] = None,
-    blank: Annotated[float | None, typer.Option(help="Pixel value that means no data, in the files' unit, such as 0.")] = None,
-    bad_bits: Annotated[
-        str | None, typer.Option(help="Planes of a mask that make a pixel invalid, by name (NO_DATA,SAT), or an integer.")
-    ] = None,
-    pixels_only: Annotated[bool, typer.Option("--pixels-only", help="Accept images without a WCS; ra and dec stay NaN.")] = False,
-    window: Annotated[int, typer.Option(min=128, help="Side of the windows that are read and predicted at once.")] = 1024,
-    overlap: Annotated[int, typer.Option(min=16, help="Pixels that neighbouring windows share.")] = 64,
-    workers: Annotated[int, typer.Option(min=1, help="Windows in flight at once, for an endpoint with several workers.")] = 1,
-    device: Annotated[str, typer.Option(help="torch device of the model, such as cpu or cuda:0.")] = "cpu",
-    picture: Annotated[Path | None, typer.Option(help="PNG of the mosaic's middle in colour, with boxes and redshifts.")] = None,
-) -> None:
-    """Make the catalogue of a mosaic, in process (--model) or through the endpoint (--server).
-
-    Example: `deepdisc-ops predict mosaic.fits --model ensemble.mar --out catalog.parquet`
-    """
-    from deepdisc_ops import report
-    from deepdisc_ops.inference.mosaic import predict_mosaic
-    from deepdisc_ops.sky import catalog
-    from deepdisc_ops.sky.dust import ebv_source
-    from deepdisc_ops.sky.images import open_mosaic
-    from deepdisc_ops.sky.tiling import plan
-
-    if (model is None) == (server is None):
-        raise ConfigError("give either --model or --server, one of the two")
-    plan(window, window, window, overlap, STRIDE)  # refuses windows that do not advance
-    for path in out:
-        catalog.check_path(path)
-    source = ebv_source(ebv, dust_maps, dust_scale)
-    provenance = {
-        "package": f"deepdisc_ops {deepdisc_ops.__version__}",
-        "command": shlex.join(["deepdisc-ops", *sys.argv[1:]]),
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-    planes = plane_bands.split(",") if plane_bands else None
-    bits = None if bad_bits is None else _mask_bits(bad_bits)
-    with ExitStack() as stack:
-        predictor, bands, scale, digest = _predictor(stack, model, server, device)
-        mosaic = open_mosaic(
-            images,
-            bands,
-            plane_bands=planes,
-            zero_point=zero_point,
-            pixel_scale=pixel_scale,
-            require_wcs=not pixels_only,
-            blank=blank,
-            bad_bits=bits,
-        )
-        stack.enter_context(mosaic)
-        _check_scale(mosaic.pixel_scale, scale)
-        started = datetime.now(UTC)
-        with progress_bar("predicting", 1, "windows") as advance:
-            table = predict_mosaic(
-                mosaic,
-                predictor,
-                source,
-                window=window,
-                overlap=overlap,
-                stride=STRIDE,
-                workers=workers,
-                provenance=provenance | {"model": digest},
-                progress=lambda done, total, objects: advance(done, f"{objects} objects", total),
-            )
-        seconds = (datetime.now(UTC) - started).total_seconds()
-        table.meta["seconds"] = f"{seconds:.2f}"
-        for path in out:
-            catalog.write_catalog(table, path)
-        if picture:
-            report.draw_picture(mosaic, table, picture)
-    console.print(
-        f"{len(table)} objects in {seconds:.1f} s ({len(table) / max(seconds, 1e-9):.0f} a second): {', '.join(map(str, out))}"
-    )
-
-
-@app.command()
 def evaluate(
     catalog: Annotated[Path, typer.Argument(help="Catalogue made by `predict`.")],
     truth: Annotated[Path, typer.Option(help="Simulated mosaic (its TRUTH table and pixels), or a truth catalogue.")],
@@ -499,52 +356,3 @@ def setup_detectron2(
     from deepdisc_ops.installation import install_detectron2
 
     print(install_detectron2(wheel, progress=print))
-
-
-def _predictor(
-    stack: ExitStack, model: Path | None, server: Path | None, device: str
-) -> tuple[Predictor, tuple[str, ...], float | None, str]:
-    """The predictor of a model or an endpoint, its bands, its pixel scale if known, and what names it."""
-    if server is not None:
-        from deepdisc_ops.serving.client import Client
-        from deepdisc_ops.serving.server import discover
-
-        info = discover(server)
-        client = stack.enter_context(Client(info.url, info.token))
-        return client.predict, info.bands, info.pixel_scale, f"{info.model} {info.model_version} at {info.url}"
-    from deepdisc_ops.inference.ensemble import Ensemble, digest, write_ensemble
-    from deepdisc_ops.model.weights import DESCRIPTION
-
-    folder = model if model is not None else Path()
-    scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-    if folder.suffix == ".mar":
-        from deepdisc_ops.serving.archive import unpack_archive
-
-        folder = unpack_archive(folder, scratch / "ensemble")
-    elif (folder / DESCRIPTION).exists():
-        folder = scratch / "ensemble"
-        write_ensemble(folder, [model or folder])
-    ensemble = Ensemble.load(folder, device)
-    return (lambda image, ebv: ensemble.predict(image.data, ebv, image.mask)), ensemble.bands, ensemble.pixel_scale, digest(folder)
-
-
-def _mask_bits(text: str) -> list[str] | int:
-    """Names of mask planes, or their bits as one integer."""
-    if not text[:1].isdigit():
-        return text.split(",")
-    try:
-        return int(text, 0)
-    except ValueError:
-        raise ConfigError(f"--bad-bits {text} is neither an integer, as 5 or 0x5, nor names, as NO_DATA,SAT") from None
-
-
-def _check_scale(found: float, trained: float | None) -> None:
-    if trained is not None and abs(found / trained - 1) > 0.05:
-        raise ConfigError(
-            f"the image has {found:.4f} arcsec/px, the model was trained at {trained:.4f} arcsec/px; "
-            "resample the image or use a model of its scale"
-        )
-
-
-def _short(value: Any) -> str:
-    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -38,3 +38,8 @@ def progress_bar(what: str, total: int, unit: str) -> Iterator[Callable[..., Non
                 console.print(f"{what}: {done}/{everything} {unit} {note}".rstrip())
 
         yield advance
+
+
+def short(value: float | str | None) -> str:
+    """A value in a table, four digits of a number."""
+    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)

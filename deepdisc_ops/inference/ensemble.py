@@ -7,18 +7,25 @@ same folder. Glossary: M members, N objects, K components a member.
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import torch
 import yaml
 from numpy.typing import NDArray
 
 import deepdisc_ops
-from deepdisc_ops.errors import ArchiveError, CheckpointError
+from deepdisc_ops.config import EnsembleSettings, validate
+from deepdisc_ops.errors import ArchiveError, CheckpointError, DeepdiscOpsError, ImageError
+from deepdisc_ops.inference import window
+from deepdisc_ops.inference.combine import combine, combine_aligned, member_weights
 from deepdisc_ops.inference.engine import Member
 from deepdisc_ops.model.weights import (
     WEIGHTS,
@@ -32,147 +39,246 @@ from deepdisc_ops.model.weights import (
 )
 from deepdisc_ops.sky.detections import Array, Detections, Flag
 from deepdisc_ops.sky.dust import EbvPlane
-from deepdisc_ops.sky.matching import match_boxes
-from deepdisc_ops.sky.tiling import Window, plan, reconcile
 
 FORMAT = 1
 DESCRIPTION = "ensemble.yaml"
-MATCH_IOU = 0.3  # JADES paper
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Ensemble:
-    """M members with their weights w_m (summing to 1); all share bands and pixel scale."""
+class Seat:
+    """A member's place: its name, what it weighs, its description, its network's stride, and how to get at the network."""
 
-    members: tuple[Member, ...]
-    weights: tuple[float, ...]
-    names: tuple[str, ...]
+    name: str
+    weight: float
+    info: MemberInfo
+    stride: int
+    load: Callable[[], Member]
+
+
+class Ensemble:
+    """M members with their weights w_m; all share bands, classes and pixel scale.
+
+    ``memory`` is "keep" where all networks stay in memory, "swap" where each is read when it is used and there is never more
+    than one. ``on_failure`` says what follows when a member fails: "raise" an error that names it, or "skip" it from then on;
+    ``failures`` holds the names of those left out and why. Threads may share an ensemble.
+    """
+
+    def __init__(
+        self,
+        seats: Sequence[Seat],
+        settings: EnsembleSettings | None = None,
+        *,
+        memory: Literal["keep", "swap"] = "keep",
+        on_failure: Literal["raise", "skip"] = "raise",
+        failures: Mapping[str, str] | None = None,
+    ) -> None:
+        self.seats, self.settings, self.on_failure = tuple(seats), settings or EnsembleSettings(), on_failure
+        self.failures = dict(failures or {})
+        self._turn = threading.Lock() if memory == "swap" else nullcontext()
 
     @classmethod
-    def load(cls, folder: Path, device: str = "cpu") -> Ensemble:
-        """Read an ensemble folder; a member whose file changed is named in the `ArchiveError`."""
+    def load(
+        cls,
+        folder: Path,
+        device: str = "cpu",
+        settings: EnsembleSettings | None = None,
+        *,
+        memory: Literal["keep", "swap"] = "keep",
+        on_failure: Literal["raise", "skip"] = "raise",
+    ) -> Ensemble:
+        """Read an ensemble folder; a member whose file changed is named in the `ArchiveError`.
+
+        ``settings`` take the place of those in the folder. Every member is read once here, also where it is swapped later.
+        """
         description = read_description(folder)
-        members = [_load_checked(folder, entry, device) for entry in description["members"]]
         entries = description["members"]
-        return cls(tuple(members), tuple(float(e["weight"]) for e in entries), tuple(e["name"] for e in entries))
+        own = validate(EnsembleSettings, description.get("combination", {}), str(folder / DESCRIPTION))
+        weights = [float(entry["weight"]) for entry in entries]
+        if settings is not None and settings.weights != own.weights:
+            nll = [float(entry["metrics"].get("val_nll", math.nan)) for entry in entries]
+            weights = member_weights(nll, settings.weights, [str(entry["name"]) for entry in entries])
+        seats, failures = [], {}
+        for entry, weight in zip(entries, weights, strict=True):
+            try:
+                seats.append(_seat(folder, entry, weight, device, keep=memory == "keep"))
+            except (DeepdiscOpsError, OSError) as error:
+                if on_failure == "raise":
+                    raise
+                failures[str(entry["name"])] = _line(error)
+                log.warning("member %s is left out: %s", entry["name"], _line(error))
+        if not seats:
+            raise ArchiveError(_all_failed(failures))
+        return cls(seats, settings or own, memory=memory, on_failure=on_failure, failures=failures)
+
+    @property
+    def members(self) -> tuple[Member, ...]:
+        """The networks; where they are swapped, they are read anew, all of them."""
+        return tuple(seat.load() for seat in self.seats)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the members, in their order."""
+        return tuple(seat.name for seat in self.seats)
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """w_m of the members; an object's are brought to a sum of 1 over those that found it."""
+        return tuple(seat.weight for seat in self.seats)
 
     @property
     def bands(self) -> tuple[str, ...]:
         """Order of the input planes."""
-        return self.members[0].config.model.bands
+        return self.seats[0].info.config.model.bands
 
     @property
     def pixel_scale(self) -> float | None:
         """Arcsec per pixel of the images the members were trained on."""
-        return self.members[0].config.model.pixel_scale
+        return self.seats[0].info.config.model.pixel_scale
 
     @property
     def components(self) -> int:
-        """Components of a combined mixture, M x K."""
-        return sum(member.components for member in self.members)
+        """Components of a combined mixture: those of all members, or as many as they are reduced to."""
+        every = sum(seat.info.config.model.redshift_head.components for seat in self.seats)
+        if self.settings.components is None:
+            return every
+        return self.settings.components if self.settings.max_divergence is None else max(every, self.settings.components)
 
     @property
     def stride(self) -> int:
         """Window origins belong on multiples of this."""
-        return math.lcm(*(member.stride for member in self.members))
+        return math.lcm(*(seat.stride for seat in self.seats))
 
-    def predict(self, data: NDArray[np.float32], ebv: EbvPlane, mask: NDArray[np.bool_] | None = None) -> Detections:
+    def predict(
+        self, data: NDArray[np.float32], ebv: EbvPlane, mask: NDArray[np.bool_] | None = None, *, masks: bool = False
+    ) -> Detections:
         """Objects of one window (C, H, W) nJy in the order of `bands`, tiled inside where it is larger than a tile.
 
-        ``mask`` (H, W) is True where data are invalid; boxes are in pixels of the window.
+        ``mask`` (H, W) is True where data are invalid; boxes are in pixels of the window. ``masks`` asks for the objects' own,
+        which members without a mask head do not have.
         """
-        height, width = data.shape[1:]
-        inference = self.members[0].config.inference
-        tiles = plan(width, height, inference.tile, inference.overlap, self.stride)
-        found = [self._predict_tile(data, tile.window, ebv) for tile in tiles]
-        objects = reconcile(tiles, found, width, height)
-        return objects if mask is None else objects.flagged(_touches(mask, objects.boxes), Flag.MASKED)
+        self._check(data)
+        answers = self._ask(lambda member: window.find(member, data, ebv, masks=masks))
+        found = combine([answer for _, answer in answers], [seat.weight for seat, _ in answers], self.settings)
+        return self._finish(found, mask)
 
-    def _predict_tile(self, data: NDArray[np.float32], window: Window, ebv: EbvPlane) -> Detections:
-        height, width = data.shape[1:]
-        tile = data[:, window.y0 : window.y1, window.x0 : window.x1]
-        per_member = [
-            member.predict(tile, lambda x, y: ebv.at(x + window.x0, y + window.y0, width, height)) for member in self.members
-        ]
-        return combine(per_member, self.weights).shift(window.x0, window.y0)
+    def redshift(self, data: NDArray[np.float32], boxes: Array, ebv: EbvPlane, mask: NDArray[np.bool_] | None = None) -> Detections:
+        """The mixtures of given ``boxes`` (N, 4) px of one window by all members, row for row, flagged `FORCED`.
+
+        Nothing was detected: scores are NaN, and classes -1 where the model has more than one.
+        """
+        self._check(data)
+        given = window.given_boxes(boxes)
+        answers = self._ask(lambda member: window.redshift(member, data, given, ebv))
+        found = combine_aligned([answer for _, answer in answers], [seat.weight for seat, _ in answers], self.settings)
+        one_class = len(self.seats[0].info.config.model.classes) == 1
+        unknown = np.full(len(given), 0 if one_class else -1, np.int32)
+        return self._finish(replace(found, scores=np.full(len(given), np.nan, np.float32), classes=unknown), mask)
+
+    def _check(self, data: NDArray[np.float32]) -> None:
+        if data.ndim != 3 or len(data) != len(self.bands):
+            raise ImageError(f"pixels have shape {data.shape}; expected (bands, rows, columns) of {', '.join(self.bands)}")
+
+    def _ask(self, question: Callable[[Member], Detections]) -> list[tuple[Seat, Detections]]:
+        """What every member answers, one after the other, without those that failed."""
+        answers = []
+        for seat in self.seats:
+            if seat.name in self.failures:
+                continue
+            try:
+                answers.append((seat, self._answer(seat, question)))
+            except (DeepdiscOpsError, RuntimeError, ValueError, ArithmeticError, MemoryError, OSError) as error:
+                self._failed(seat, error)
+        if not answers:
+            raise ArchiveError(_all_failed(self.failures))
+        return answers
+
+    def _answer(self, seat: Seat, question: Callable[[Member], Detections]) -> Detections:
+        with self._turn:
+            answer = question(seat.load())
+        wrong = [name for name in ("boxes", "scores", "weights", "means", "sigmas") if not np.isfinite(getattr(answer, name)).all()]
+        if wrong:
+            raise ArithmeticError(f"its answer holds {', '.join(wrong)} that are no numbers")
+        return answer
+
+    def _failed(self, seat: Seat, error: Exception) -> None:
+        if self.on_failure == "skip":
+            self.failures[seat.name] = _line(error)
+            log.warning("member %s is left out from now on: %s", seat.name, _line(error))
+        elif isinstance(error, MemoryError | torch.OutOfMemoryError):
+            error.add_note(f"member {seat.name} ran out of memory")
+            raise error
+        elif isinstance(error, DeepdiscOpsError):
+            raise type(error)(f"member {seat.name}: {error}") from error
+        else:
+            raise ArchiveError(
+                f"member {seat.name} failed: {_line(error)}; train or fetch it again, or let the others go on without it "
+                "(on_failure: skip)"
+            ) from error
+
+    def _finish(self, found: Detections, mask: NDArray[np.bool_] | None) -> Detections:
+        """Mixtures of as many columns as ever, also where a member was left out, and objects on invalid pixels flagged."""
+        lacking = ((0, 0), (0, max(0, self.components - found.weights.shape[1])))
+        weights, means = (np.pad(column, lacking) for column in (found.weights, found.means))
+        found = replace(found, weights=weights, means=means, sigmas=np.pad(found.sigmas, lacking, constant_values=1))
+        return found if mask is None else found.flagged(window.touches(mask, found.boxes), Flag.MASKED)
 
 
-def combine(per_member: Sequence[Detections], weights: Sequence[float]) -> Detections:
-    """The objects that every member found, p(z) = sum_m w_m p_m(z) (JADES paper, section 4.2).
-
-    Objects are matched one-to-one by IoU >= 0.3 to those of the first member; boxes, scores and E(B-V) are the
-    members' means, the class is the first member's.
-    """
-    if len(per_member) == 1:
-        return per_member[0]
-    index = np.arange(len(per_member[0]))
-    partners = [index]
-    for other in per_member[1:]:
-        matches = match_boxes(per_member[0].boxes, other.boxes, MATCH_IOU)
-        partner = np.full(len(per_member[0]), -1)
-        partner[matches.index1] = matches.index2
-        partners.append(partner)
-    common = np.flatnonzero(np.all([p >= 0 for p in partners], axis=0))
-    aligned = [d.select(p[common]) for d, p in zip(per_member, partners, strict=True)]
-    return Detections(
-        boxes=_mean([d.boxes for d in aligned]),
-        scores=_mean([d.scores for d in aligned]),
-        classes=aligned[0].classes,
-        weights=np.concatenate([np.float32(w) * d.weights for w, d in zip(weights, aligned, strict=True)], axis=1),
-        means=np.concatenate([d.means for d in aligned], axis=1),
-        sigmas=np.concatenate([d.sigmas for d in aligned], axis=1),
-        ebv=_mean([d.ebv for d in aligned]),
-        n_members=np.full(len(common), len(per_member), np.int32),
-        flags=np.bitwise_or.reduce([d.flags for d in aligned]),
-    )
+def _line(error: Exception) -> str:
+    """An error in one line, what torch says cut short."""
+    text = " ".join(str(error).split())[:300]
+    return text if isinstance(error, DeepdiscOpsError) else f"{type(error).__name__}: {text}"
 
 
-def _mean(arrays: Sequence[Array]) -> Array:
-    return np.asarray(np.mean(arrays, axis=0), np.float32)
-
-
-def _touches(mask: NDArray[np.bool_], boxes: Array) -> NDArray[np.bool_]:
-    """Whether each box holds a masked pixel, by a summed-area table."""
-    area = np.zeros((mask.shape[0] + 1, mask.shape[1] + 1), np.int64)
-    area[1:, 1:] = mask.cumsum(0, dtype=np.int64).cumsum(1)
-    x0, y0 = np.floor(boxes[:, :2]).astype(int).T
-    x1, y1 = np.ceil(boxes[:, 2:]).astype(int).T
-    return np.asarray(area[y1, x1] - area[y0, x1] - area[y1, x0] + area[y0, x0] > 0)
-
-
-def member_weights(nll: Sequence[float]) -> list[float]:
-    """w_m = exp(-mean validation NLL of member m), normalised over members."""
-    best = min(nll)
-    raw = [math.exp(best - value) for value in nll]
-    return [value / sum(raw) for value in raw]
+def _all_failed(failures: Mapping[str, str]) -> str:
+    return f"no member of the ensemble is left: {'; '.join(f'{name}: {why}' for name, why in failures.items())}"
 
 
 def write_ensemble(
-    folder: Path, checkpoints: Sequence[Path], run_ids: Sequence[str | None] | None = None, *, half: bool = False
+    folder: Path,
+    checkpoints: Sequence[Path],
+    run_ids: Sequence[str | None] | None = None,
+    *,
+    half: bool = False,
+    settings: EnsembleSettings | None = None,
 ) -> None:
     """Gather checkpoint folders into an ensemble folder with their weights, checksums and run ids.
 
-    ``half`` stores the weights in 16 bits, half the size; they are used in 32 bits again.
+    ``half`` stores the weights in 16 bits, half the size; they are used in 32 bits again. ``settings`` say how the members are
+    combined by whoever loads the folder.
     """
+    settings = settings or EnsembleSettings()
     if not checkpoints:
         raise CheckpointError("an ensemble needs at least one checkpoint folder; found none")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / DESCRIPTION).exists():
         raise ArchiveError(f"{folder} holds other files and would be replaced; name a new folder or an ensemble's")
     infos = [read_info(path) for path in checkpoints]
     _check_alike(checkpoints, infos)
-    weights = member_weights([info.metrics["val_nll"] for info in infos])
+    nll = [info.metrics.get("val_nll", math.nan) for info in infos]
+    weights = member_weights(nll, settings.weights, [str(path) for path in checkpoints])
     with staged(folder) as staging:
-        _write(staging, checkpoints, infos, weights, run_ids, half)
+        entries = _write_members(staging, checkpoints, infos, weights, run_ids, half)
+        description = {
+            "format": FORMAT,
+            "package_version": deepdisc_ops.__version__,
+            "bands": list(infos[0].config.model.bands),
+            "pixel_scale": infos[0].config.model.pixel_scale,
+            "combination": settings.model_dump(mode="json"),
+            "members": entries,
+        }
+        (staging / DESCRIPTION).write_text(yaml.safe_dump(description, sort_keys=False))
 
 
-def _write(
+def _write_members(
     folder: Path,
     checkpoints: Sequence[Path],
     infos: Sequence[MemberInfo],
     weights: Sequence[float],
     run_ids: Sequence[str | None] | None,
     half: bool,
-) -> None:
+) -> list[dict[str, Any]]:
+    """Copy the members' weights into ``folder``; their entries in its description."""
     entries = []
     for i, (path, info) in enumerate(zip(checkpoints, infos, strict=True)):
         file = f"member-{i}.safetensors"
@@ -182,15 +288,7 @@ def _write(
         member = info_as_dict(info)
         member["config"]["data"]["path"] = info.config.data.path.name  # an ensemble leaves the machine: no paths of it
         entries.append(entry | member)
-    model = infos[0].config.model
-    description = {
-        "format": FORMAT,
-        "package_version": deepdisc_ops.__version__,
-        "bands": list(model.bands),
-        "pixel_scale": model.pixel_scale,
-        "members": entries,
-    }
-    (folder / DESCRIPTION).write_text(yaml.safe_dump(description, sort_keys=False))
+    return entries
 
 
 def read_description(folder: Path) -> dict[str, Any]:
@@ -215,17 +313,20 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _load_checked(folder: Path, entry: dict[str, Any], device: str) -> Member:
-    path = folder / entry["file"]
+def _seat(folder: Path, entry: dict[str, Any], weight: float, device: str, *, keep: bool) -> Seat:
+    """A member of an ensemble folder, its checksum compared and its network read; kept in memory if ``keep``."""
+    path, name = folder / entry["file"], str(entry["name"])
     if not path.exists():
-        raise ArchiveError(f"member {entry['name']}: {entry['file']} is missing from {folder}; build the archive again")
+        raise ArchiveError(f"member {name}: {entry['file']} is missing from {folder}; build the archive again")
     if sha256(path) != entry["sha256"]:
-        raise ArchiveError(
-            f"member {entry['name']}: {entry['file']} is damaged (checksum differs); copy or build the archive again"
-        )
-    keys = ("config", "metrics", "step", "package_version", "git_commit")
-    config = info_from_dict({key: entry.get(key) for key in keys}, f"{folder / DESCRIPTION}, {entry['name']}").config
-    return Member(load_network(path, config, device), config, device)
+        raise ArchiveError(f"member {name}: {entry['file']} is damaged (checksum differs); copy or build the archive again")
+    info = info_from_dict(entry, f"{folder / DESCRIPTION}, {name}")
+
+    def load() -> Member:
+        return Member(load_network(path, info.config, device), info.config, device).prepared()
+
+    member = load()
+    return Seat(name, weight, info, member.stride, (lambda: member) if keep else load)
 
 
 def _check_alike(checkpoints: Sequence[Path], infos: Sequence[MemberInfo]) -> None:
@@ -234,7 +335,5 @@ def _check_alike(checkpoints: Sequence[Path], infos: Sequence[MemberInfo]) -> No
             mine, first = getattr(info.config.model, key), getattr(infos[0].config.model, key)
             if mine != first:
                 raise CheckpointError(f"{path} has {key} {mine}, {checkpoints[0]} has {first}; an ensemble shares them")
-        if not math.isfinite(info.metrics.get("val_nll", math.nan)):
-            raise CheckpointError(f"{path} has no finite val_nll, which weighs the member; train it further before building")
         if not (path / WEIGHTS).exists():
             raise CheckpointError(f"{path} lacks {WEIGHTS}; fetch or train the member again")

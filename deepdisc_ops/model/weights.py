@@ -11,7 +11,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from deepdisc_ops.config import TrainingConfig, validate
 from deepdisc_ops.errors import CheckpointError
 from deepdisc_ops.model.build import DeepDisc
 from deepdisc_ops.resources import git_commit
+from deepdisc_ops.sky.domain import Domain
 
 WEIGHTS = "member.safetensors"
 DESCRIPTION = "member.yaml"
@@ -35,21 +36,29 @@ OLD = "-old"
 
 @dataclass(frozen=True)
 class MemberInfo:
-    """What a member is: its full config, validation metrics, step, and the code that made it."""
+    """What a member is: its full config, validation metrics, step, the code that made it, and what its images were like."""
 
     config: TrainingConfig
     metrics: dict[str, float]
     step: int
     package_version: str
     git_commit: str | None
+    domain: Domain | None = None
 
 
-def save_member(folder: Path, network: DeepDisc, config: TrainingConfig, metrics: Mapping[str, float], step: int) -> None:
+def save_member(
+    folder: Path,
+    network: DeepDisc,
+    config: TrainingConfig,
+    metrics: Mapping[str, float],
+    step: int,
+    domain: Domain | None = None,
+) -> None:
     """Write a checkpoint folder under a temporary name and put it in the place of the old one."""
     try:
         with staged(folder) as staging:
             save_file({key: value.contiguous() for key, value in network.state_dict().items()}, staging / WEIGHTS)
-            info = MemberInfo(config, dict(metrics), step, deepdisc_ops.__version__, git_commit())
+            info = MemberInfo(config, dict(metrics), step, deepdisc_ops.__version__, git_commit(), domain)
             write_info(staging / DESCRIPTION, info)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"checkpoint {folder} could not be written ({error}); the one before it is untouched") from None
@@ -91,15 +100,19 @@ def write_info(path: Path, info: MemberInfo) -> None:
 
 
 def info_as_dict(info: MemberInfo) -> dict[str, Any]:
-    """`MemberInfo` in plain types."""
-    return asdict(info) | {"config": info.config.model_dump(mode="json")}
+    """`MemberInfo` in plain types; without a domain, without that key."""
+    tree = {entry.name: getattr(info, entry.name) for entry in fields(MemberInfo) if entry.name != "domain"}
+    tree["config"] = info.config.model_dump(mode="json")
+    return tree if info.domain is None else tree | {"domain": info.domain.as_dict()}
 
 
 def info_from_dict(tree: Mapping[str, Any], source: str) -> MemberInfo:
     """The inverse of `info_as_dict`."""
     try:
         config = validate(TrainingConfig, tree["config"], source)
-        return MemberInfo(config, dict(tree["metrics"]), int(tree["step"]), tree["package_version"], tree["git_commit"])
+        domain = None if tree.get("domain") is None else Domain.from_dict(tree["domain"], source)
+        made = tree["package_version"], tree["git_commit"]
+        return MemberInfo(config, dict(tree["metrics"]), int(tree["step"]), *made, domain)
     except (KeyError, TypeError) as error:
         raise CheckpointError(
             f"{source} is not a member description ({error!r}); train again or fetch the checkpoint anew"

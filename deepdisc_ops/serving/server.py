@@ -302,9 +302,9 @@ def request_limit(bands: int, max_window: int) -> int:
 
 
 def detections_per_megapixel(inference: InferenceSettings) -> float:
-    """The most that a member can find: half its proposals, or what it is capped at in a tile."""
+    """The most that a member can find: half its proposals in a crowd, or what it is capped at in a tile."""
     if inference.max_detections is None:
-        return inference.proposals_per_megapixel / 2
+        return inference.crowding * inference.proposals_per_megapixel / 2
     return inference.max_detections * 1e6 / (inference.tile - inference.overlap) ** 2
 
 

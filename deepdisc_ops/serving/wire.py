@@ -15,14 +15,14 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import h5py
 import numpy as np
 from numpy.typing import NDArray
 
 from deepdisc_ops.errors import RequestRejected, ServerError
-from deepdisc_ops.sky.detections import Detections
+from deepdisc_ops.sky.detections import Array, Detections
 from deepdisc_ops.sky.dust import EbvPlane
 
 MODEL_NAME = "deepdisc"
@@ -141,11 +141,11 @@ def order_planes(data: NDArray[np.float32], bands: Sequence[str], wanted: Sequen
 
 
 def encode_detections(detections: Detections, *, model_version: str, package_version: str) -> bytes:
-    """`Detections` as an HDF5 file in memory."""
+    """`Detections` as an HDF5 file in memory, without masks and further columns."""
     with h5py.File.in_memory() as file:
         file.attrs.update({"format": REPLY_FORMAT, "model_version": model_version, "package_version": package_version})
-        for field in fields(detections):
-            file.create_dataset(field.name, data=np.asarray(getattr(detections, field.name), _COLUMNS[field.name][0]))
+        for name, (kind, _) in _COLUMNS.items():
+            file.create_dataset(name, data=np.asarray(getattr(detections, name), kind))
         file.flush()
         return bytes(file.id.get_file_image())
 
@@ -154,7 +154,7 @@ def decode_detections(body: bytes) -> Detections:
     """Read a reply; `ServerError` when it is not one of ours."""
     with _open_reply(body) as file:
         columns = {name: _read_column(file, name) for name in _COLUMNS}
-    detections = Detections(**columns)
+    detections = Detections(**columns)  # type: ignore[arg-type]  # those that all detections have
     lengths = {len(column) for column in columns.values()}
     components = {columns[name].shape[1] for name in ("weights", "means", "sigmas")}
     if len(lengths) != 1 or len(components) != 1 or detections.boxes.shape[1] != 4:
@@ -234,7 +234,7 @@ def _open_reply(body: bytes) -> h5py.File:
         raise ServerError(f"the endpoint's reply of {len(body)} bytes is no HDF5 ({error}); is it another server's?") from None
 
 
-def _read_column(file: h5py.File, name: str) -> NDArray[np.generic]:
+def _read_column(file: h5py.File, name: str) -> Array:
     kind, dimensions = _COLUMNS[name]
     dataset = file.get(name)
     if not isinstance(dataset, h5py.Dataset) or dataset.ndim != dimensions or dataset.dtype != kind:

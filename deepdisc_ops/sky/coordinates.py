@@ -10,6 +10,7 @@ import threading
 import warnings
 
 import numpy as np
+from astropy.coordinates import SkyCoord
 from astropy.io import fits
 from astropy.utils.exceptions import AstropyWarning
 from astropy.wcs import WCS, WcsError
@@ -20,6 +21,8 @@ from deepdisc_ops.sky.tiling import Window
 
 Floats = NDArray[np.float64]
 _ONE_AT_A_TIME = threading.Lock()
+ROUND_TRIP = 1e-6
+"""Radians (0.2 arcsec) by which a position may differ from that of its pixel."""
 
 
 def icrs_positions(wcs: WCS, x: ArrayLike, y: ArrayLike) -> tuple[Floats, Floats]:
@@ -30,6 +33,23 @@ def icrs_positions(wcs: WCS, x: ArrayLike, y: ArrayLike) -> tuple[Floats, Floats
     with _ONE_AT_A_TIME:
         position = wcs.pixel_to_world(np.asarray(x, np.float64), np.asarray(y, np.float64)).icrs
     return np.asarray(position.ra.deg, np.float64), np.asarray(position.dec.deg, np.float64)
+
+
+def pixel_positions(wcs: WCS, ra: ArrayLike, dec: ArrayLike, width: int, height: int) -> tuple[Floats, Floats]:
+    """0-based pixel positions of ICRS right ascensions and declinations in degrees on an image of ``width`` x ``height``.
+
+    NaN where the sky does not come down on the image's plane, or only the extrapolation of a distortion says so.
+    """
+    with _ONE_AT_A_TIME, warnings.catch_warnings(action="ignore"), np.errstate(all="ignore"):
+        sky = SkyCoord(np.asarray(ra, np.float64), np.asarray(dec, np.float64), unit="deg", frame="icrs")
+        x, y = (np.array(axis, np.float64) for axis in wcs.world_to_pixel(sky))
+    wrong = ~(np.isfinite(x) & np.isfinite(y))
+    inside = np.flatnonzero((x > -0.5) & (x < width - 0.5) & (y > -0.5) & (y < height - 0.5))
+    back = unit_vectors(*icrs_positions(wcs, x[inside], y[inside]))
+    there = unit_vectors(np.asarray(ra, np.float64)[inside], np.asarray(dec, np.float64)[inside])
+    wrong[inside] = ~(np.linalg.norm(back - there, axis=1) < ROUND_TRIP)
+    x[wrong] = y[wrong] = np.nan
+    return x, y
 
 
 def celestial_wcs(header: fits.Header, file: fits.HDUList | None = None) -> WCS | None:

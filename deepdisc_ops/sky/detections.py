@@ -1,13 +1,13 @@
 """What the network found in an image: boxes, scores and redshift mixtures, as plain arrays.
 
-Glossary: N objects, K mixture components. Boxes are (x0, y0, x1, y1) in pixels, 0-based, the end exclusive:
+Glossary: N objects, K mixture components, C bands. Boxes are (x0, y0, x1, y1) in pixels, 0-based, the end exclusive:
 pixel i covers [i, i + 1) and its centre, in the FITS-minus-one coordinates of astropy, is at i.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from enum import IntFlag
 from typing import Any
 
@@ -15,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
+MASK_SIDE = 28
+"""Rows and columns of a mask, which covers its object's box."""
 
 
 class Flag(IntFlag):
@@ -25,6 +27,7 @@ class Flag(IntFlag):
     MASKED = 4  # a pixel of the box has no valid data in some band
     FORCED = 8  # the box was given, not found
     OUT_OF_DOMAIN = 16  # the image differs from the training set
+    NO_DATA = 32  # the box was given where the mosaic has no valid pixel: there is no redshift
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,9 @@ class Detections:
     boxes (N, 4) float32 pixels; scores (N,) float32; classes (N,) int32 index into the model's classes;
     weights, means, sigmas (N, K) float32, a Gaussian mixture in redshift with weights summing to 1;
     ebv (N,) float32 mag, the E(B-V) the mixture was computed with; n_members (N,) int32;
-    flags (N,) int32, bits of `Flag`.
+    flags (N,) int32, bits of `Flag`; masks (N, 28, 28) uint8 or none, the probability in 1/255 that each part of the box
+    belongs to the object: row i covers the box from y0 + i h/28 to y0 + (i + 1) h/28. ``extra`` holds further columns (N, ...)
+    that travel with the objects, by name: photometry (``flux``, ``flux_err``, each (N, C) nJy), columns of a forced catalogue.
     """
 
     boxes: Array
@@ -46,6 +51,8 @@ class Detections:
     ebv: Array
     n_members: Array
     flags: Array
+    masks: Array | None = None
+    extra: Mapping[str, Array] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.boxes)
@@ -64,17 +71,45 @@ class Detections:
 
     @classmethod
     def concatenate(cls, parts: Sequence[Detections]) -> Detections:
-        """All objects of ``parts`` (at least one part, equal K)."""
-        return cls(*(np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(cls)))
+        """All objects of ``parts`` (at least one part, equal K), with the same columns; a part of no objects may lack some."""
+        every = {name: np.concatenate([getattr(part, name) for part in parts]) for name in _ALWAYS}
+        masks = _concatenate("masks", [part.masks for part in parts], parts)
+        names = dict.fromkeys(name for part in parts for name in part.extra)
+        columns = {name: _concatenate(f"the column {name}", [part.extra.get(name) for part in parts], parts) for name in names}
+        return cls(**every, masks=masks, extra={name: column for name, column in columns.items() if column is not None})
 
     def select(self, index: Array) -> Detections:
         """The objects at ``index`` (integers or a boolean mask), in that order."""
-        return Detections(*(getattr(self, f.name)[index] for f in fields(self)))
+        return Detections(
+            **{name: getattr(self, name)[index] for name in _ALWAYS},
+            masks=None if self.masks is None else self.masks[index],
+            extra={name: column[index] for name, column in self.extra.items()},
+        )
 
     def shift(self, dx: float, dy: float) -> Detections:
         """The same objects with boxes moved by (dx, dy) pixels."""
         return replace(self, boxes=self.boxes + np.array([dx, dy, dx, dy], np.float32))
 
+    def with_columns(self, columns: Mapping[str, Array]) -> Detections:
+        """The same objects with more (or other) columns in ``extra``."""
+        return replace(self, extra={**self.extra, **columns})
+
     def flagged(self, where: Array, flag: Flag) -> Detections:
         """The same objects with ``flag`` set where the boolean mask says so."""
         return replace(self, flags=(self.flags | np.where(where, np.int32(flag), 0)).astype(np.int32))
+
+
+_ALWAYS = tuple(f.name for f in fields(Detections) if f.name not in {"masks", "extra"})
+"""The columns that all detections have."""
+
+
+def _concatenate(what: str, columns: Iterable[Array | None], parts: Sequence[Detections]) -> Array | None:
+    """One optional column of ``parts``, None if none has it; raises if some part with objects lacks what another has."""
+    pairs = list(zip(columns, parts, strict=True))
+    given = [column for column, part in pairs if column is not None and len(part)]
+    if not given:
+        return next((column for column, _ in pairs if column is not None), None)
+    lacking = sum(len(part) for column, part in pairs if column is None)
+    if lacking:
+        raise ValueError(f"{lacking} objects lack {what}, {sum(map(len, given))} have it; ask for it everywhere or nowhere")
+    return np.concatenate(given)

@@ -53,6 +53,16 @@ def match_on_sky(ra1: ArrayLike, dec1: ArrayLike, ra2: ArrayLike, dec2: ArrayLik
     return _match_directions(_directions(ra1, dec1, "first"), _directions(ra2, dec2, "second"), radius_arcsec)
 
 
+def match_in_plane(points1: ArrayLike, points2: ArrayLike, radius: float) -> tuple[Indices, Indices]:
+    """Indices of the one-to-one matches of finite points (N, 2) within ``radius``, by increasing distance."""
+    first, second = (np.asarray(points, np.float64).reshape(-1, 2) for points in (points1, points2))
+    if not len(first) or not len(second):
+        return np.zeros(0, np.int64), np.zeros(0, np.int64)
+    i, j, distance = _pairs_within(first, second, radius, norm=2)
+    accepted = _one_to_one(i, j, distance)
+    return i[accepted], j[accepted]
+
+
 def match_boxes(boxes1: ArrayLike, boxes2: ArrayLike, min_iou: float) -> BoxMatches:
     """One-to-one matches of boxes (N, 4) that overlap with at least ``min_iou``, by decreasing IoU."""
     i, j, iou = pairwise_iou_candidates(boxes1, boxes2, min_iou)

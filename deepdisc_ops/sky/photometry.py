@@ -1,27 +1,49 @@
-"""Forced photometry: the flux in circles around given positions, with the errors that the pixels' noise gives it.
+"""Photometry: light in circles around positions and inside the outlines of detections, with the errors that the pixels give it.
 
-Pixels count by the share of their area that lies in the circle, exactly; invalid ones and those beyond the edge do not count.
-Fluxes are nanojansky, positions pixels, 0-based with the first pixel's centre at 0.
+Circles are summed by sep, pixels counting by the share of their area inside, exactly. Fluxes are nanojansky, positions pixels,
+0-based with the first pixel's centre at 0. A pixel has one owner at most:
 
-Glossary: N objects, C bands, A apertures, H x W pixels, S x S pixels of the square around an aperture.
+- with masks, the object whose mask is the most probable there, and at least 1/2;
+- without, the object that it is most central to, in the ellipse through the corners of its box. On simulated LSST skies that
+  ellipse holds 93 % of the light at i < 24 and 99 % at 24 < i < 25.3 (medians); masks end at an isophote and hold less.
+
+Pixels that a neighbour owns count as dark: what it hides is about what it shines into the others. On the same skies this leaves
+less bias for close pairs than scaling the rest up or taking the pixels opposite, and as good colours.
+
+No local background is taken off. Training sets and coadds are sky-subtracted; undetected sources leave 0.1 of the noise per pixel,
+and taking that off made colours no better and bright galaxies fainter (annuli, meshes and medians tried on the same skies).
+
+Glossary: N objects, C bands, A apertures, H x W pixels.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
+import sep
 from numpy.typing import ArrayLike, NDArray
 
 from deepdisc_ops.errors import CatalogError, ImageError
+from deepdisc_ops.sky.detections import MASK_SIDE, Array, Detections
 from deepdisc_ops.sky.fluxes import NJY_ZERO_POINT
 from deepdisc_ops.sky.images import SkyImage
 
 Floats = NDArray[np.float64]
+Owners = NDArray[np.int32]
 
+DIAMETER_PIXELS = 10.0
+"""Default diameter of the circles: 2 arcsec of LSST, three times the PSF's FWHM where that is sampled as usual.
+
+Of 6 to 16 px, colours of simulated LSST galaxies are best at 10: smaller circles feel the PSF of each band (-0.06 mag in g - i
+at 6 px, -0.03 at 10), larger ones noise and neighbours.
+"""
 MIN_COVERAGE = 0.75
-BATCH_PIXELS = 4_000_000  # pixels of squares held at once
+NOISE_PIXELS = 65536  # pixels of a band that its noise is measured from
+CLIP = 4.0  # pixels further from the median than so many times the noise belong to sources
+_NODES, _NODE_WEIGHTS = (values / 2 for values in np.polynomial.legendre.leggauss(8))  # Gauss-Legendre of [-1/2, 1/2]
 
 
 @dataclass(frozen=True)
@@ -48,6 +70,51 @@ class Photometry:
         return replace(self, flux=self.flux * factor, error=self.error * factor)
 
 
+@dataclass(frozen=True)
+class PixelNoise:
+    """Noise of the pixels of empty sky: sigma (C,) nJy; correlation (C,) of neighbours along rows and columns, 0 to 0.5."""
+
+    sigma: Floats
+    correlation: Floats
+
+
+def measure(
+    image: SkyImage, detections: Detections, *, diameter: ArrayLike | None = None, noise: PixelNoise | None = None
+) -> dict[str, Array]:
+    """Columns for `Detections.extra`: flux, flux_err, flux_iso, flux_iso_err, each (N, C) float32 nJy in the image's bands.
+
+    flux is the light in a circle of ``diameter`` arcsec (default: `DIAMETER_PIXELS`; (C,) to follow each band's PSF) about the
+    box's centre; flux_iso that of the pixels an object owns. Invalid pixels are made up for by the rest of the area; NaN where
+    they are more than a quarter of it, neighbours own all, or there is no noise. Errors are those of the image's variance, or of
+    its measured ``noise``, without the photons of the source; hand that in where objects of several windows are to have
+    comparable errors.
+    """
+    bands = len(image.bands)
+    sizes = DIAMETER_PIXELS if diameter is None else np.asarray(diameter, np.float64) / image.pixel_scale
+    if np.shape(sizes) not in ((), (bands,)) or not np.all(np.asarray(sizes) > 0):
+        found = np.asarray(diameter).tolist()
+        raise CatalogError(f"the apertures' diameter is {found}; expected arcsec above 0, one, or one for each of {bands} bands")
+    radii = np.broadcast_to(np.asarray(sizes) / 2, bands)[:, None]
+    owners = owner_map(detections, *image.data.shape[1:])
+    noise = noise or _pixel_noise(image, owners == 0)
+    variance = _variance(image, noise.sigma**2 if image.variance is None else None)
+    sums = _circle_sums(image, variance, detections.centres.astype(np.float64), radii, owners)
+    factor = noise_factor(radii, noise.correlation[:, None])
+    flux, error = _made_up(sums.flux, np.sqrt(sums.variance * factor), sums.covered)
+    iso, iso_error = _isophotal(image, variance, owners, len(detections), noise.correlation)
+    columns = {"flux": flux[..., 0], "flux_err": error[..., 0], "flux_iso": iso, "flux_iso_err": iso_error}
+    return {name: values.astype(np.float32) for name, values in columns.items()}
+
+
+def measure_noise(image: SkyImage, detections: Detections | None = None) -> PixelNoise:
+    """Noise of an image from the pixels that no detection owns: robust scatter, and correlation of neighbours in a row.
+
+    NaN in bands without a valid pixel, 0 where all are alike. Undetected sources count as noise, and correlate.
+    """
+    shape = image.data.shape[1:]
+    return _pixel_noise(image, np.ones(shape, bool) if detections is None else owner_map(detections, *shape) == 0)
+
+
 def forced_photometry(
     image: SkyImage,
     x: ArrayLike,
@@ -62,7 +129,7 @@ def forced_photometry(
 
     variance of the pixels, nJy^2, (C,) or (C, H, W), by default the image's own; noise_correlation: of neighbouring pixels,
     along rows and columns alike, 0.5 at most. Where part of an aperture is invalid, the flux is that of the valid part
-    divided by its share of the area; below ``min_coverage`` it is NaN.
+    divided by its share of the area; below ``min_coverage`` it is NaN. Neighbours are not taken out.
     """
     centres = np.stack([np.asarray(x, np.float64), np.asarray(y, np.float64)], axis=-1).reshape(-1, 2)
     if not np.isfinite(centres).all():
@@ -70,18 +137,11 @@ def forced_photometry(
     sizes = np.broadcast_to(np.asarray(radii, np.float64), (len(image.bands), np.shape(radii)[-1]))
     if sizes.size and not sizes.min() > 0:
         raise CatalogError(f"an aperture has the radius {sizes.min()} arcsec; expected positive radii")
-    noise = _variance(image, variance)
-    invalid = image.invalid if image.invalid is not None else np.broadcast_to(image.mask, image.data.shape)
-    flux, error, coverage = (np.empty((len(centres), *sizes.shape)) for _ in range(3))
-    for band, pixels in enumerate(sizes / image.pixel_scale):
-        plane = np.where(invalid[band], 0.0, image.data[band])
-        spread = np.where(invalid[band], 0.0, noise[band])  # an image's own variance is infinite where it is invalid
-        measured = _measure(plane, spread, ~invalid[band], centres, pixels)
-        flux[:, band], error[:, band], coverage[:, band] = measured
-        error[:, band] *= np.sqrt(correlated_variance(pixels, noise_correlation))
-    enough = (coverage >= min_coverage) & (coverage > 0)
-    share = np.where(enough, coverage, np.nan)
-    return Photometry(image.bands, sizes.copy(), flux / share, error / share, coverage)
+    pixels = sizes / image.pixel_scale
+    sums = _circle_sums(image, _variance(image, variance), centres, pixels, None)
+    error = np.sqrt(sums.variance * noise_factor(pixels, noise_correlation))
+    flux, error = _made_up(sums.flux, error, sums.covered, min_coverage)
+    return Photometry(image.bands, sizes.copy(), flux, error, sums.covered)
 
 
 def magnitudes(flux: ArrayLike, error: ArrayLike) -> tuple[Floats, Floats, NDArray[np.bool_]]:
@@ -101,34 +161,51 @@ def magnitudes(flux: ArrayLike, error: ArrayLike) -> tuple[Floats, Floats, NDArr
     return np.where(unknown, np.nan, magnitude), np.where(unknown, np.nan, uncertainty), detected
 
 
-def circle_overlap(dx: Floats, dy: Floats, radius: Floats) -> Floats:
-    """Share of each pixel's area inside circles: (N, S, S), row by row.
+def owner_map(detections: Detections, height: int, width: int) -> Owners:
+    """(H, W): 1 + the number of the object that owns the pixel, 0 for none (who owns what: see the module)."""
+    owners = np.zeros((height, width), np.int32)
+    claims = np.zeros((height, width), np.float32)
+    margin = 0.0 if detections.masks is not None else (math.sqrt(2) - 1) / 2
+    sides = detections.boxes[:, 2:] - detections.boxes[:, :2]
+    corners = np.rint(np.concatenate([detections.boxes[:, :2] - margin * sides, detections.boxes[:, 2:] + margin * sides], axis=1))
+    corners = np.clip(corners.astype(np.int64), 0, [width, height, width, height])
+    for number in np.lexsort(detections.boxes.T).tolist():  # not in the order of the objects: a draw is decided alike in any
+        x0, y0, x1, y1 = corners[number]
+        box = detections.boxes[number].astype(np.float64)
+        across, along = ((np.arange(a, b) + 0.5 - box[k]) / (box[k + 2] - box[k]) for k, a, b in ((0, x0, x1), (1, y0, y1)))
+        if detections.masks is None:
+            claim = 1 - 2 * ((across - 0.5) ** 2 + (along[:, None] - 0.5) ** 2)
+        else:
+            rows, columns = ((part * MASK_SIDE).astype(np.int64).clip(0, MASK_SIDE - 1) for part in (along, across))
+            probability = detections.masks[number][rows[:, None], columns] / 255
+            claim = np.where(probability >= 0.5, probability, 0)
+        there = claims[y0:y1, x0:x1]
+        won = claim > there
+        there[won] = claim[won]
+        owners[y0:y1, x0:x1][won] = number + 1
+    return owners
 
-    dx, dy (N, S + 1): positions of the pixels' edges from the circle's centre; radius (N,), all in pixels.
-    The area of the circle within [0, x] x [0, y] is odd in x and in y; a pixel is what four of them leave.
+
+def noise_factor(radius: ArrayLike, correlation: ArrayLike, *, whole_pixels: bool = False) -> Floats:
+    """Variance of a sum over a circle of ``radius`` pixels in units of sum(area share x variance), as sep gives it.
+
+    It is below 1 for white noise, since pixels that lie inside by a share w add w^2 of their variance, unless the area is made of
+    whole_pixels; ``correlation`` (0.5 at most) of neighbours along rows and columns adds, that of diagonal ones is its square.
+    Mean over all places of the circle among the pixels.
     """
-    r = radius[:, None]
-    u, v = np.minimum(np.abs(dx), r), np.minimum(np.abs(dy), r)
-    half = [0.5 * (w * np.sqrt(r**2 - w**2) + r**2 * np.arcsin(w / r)) for w in (u, v)]
-    u, v = u[:, None, :], v[:, :, None]
-    cut = half[0][:, None, :] + half[1][:, :, None] - np.pi / 4 * r[:, :, None] ** 2
-    corner = np.where(u**2 + v**2 <= r[:, :, None] ** 2, u * v, cut) * np.sign(dx)[:, None, :] * np.sign(dy)[:, :, None]
-    return np.asarray(np.diff(np.diff(corner, axis=1), axis=2))
+    r, rho = np.asarray(radius, np.float64), np.asarray(correlation, np.float64)
+    own = 1 if whole_pixels else _shared(r, 0, 0)
+    return np.asarray(own + 4 * rho * _shared(r, 1, 0) + 4 * rho**2 * _shared(r, 1, 1))
 
 
-def correlated_variance(radius: ArrayLike, correlation: float) -> Floats:
-    """Factor (A,) on the variance in circles of ``radius`` (A,) pixels when neighbours correlate along rows and columns.
-
-    Diagonal neighbours correlate by the square. Pixels a distance d apart meet within the circle over the lens that it
-    shares with itself shifted by d.
-    """
-    r = np.asarray(radius, np.float64)
-
-    def shared(d: float) -> Floats:
-        s = np.minimum(d / (2 * r), 1.0)
-        return np.asarray(2 / np.pi * (np.arccos(s) - s * np.sqrt(1 - s**2)))
-
-    return np.asarray(1 + 4 * correlation * shared(1.0) + 4 * correlation**2 * shared(math.sqrt(2)))
+def _shared(radius: Floats, dx: float, dy: float) -> Floats:
+    """Share of a circle that lies in itself shifted by (dx, dy), the mean over pairs of points in two pixels that far apart."""
+    u, v = (np.concatenate([-0.5 + _NODES, 0.5 + _NODES]),) * 2
+    weight = np.tile(_NODE_WEIGHTS, 2) * (1 - np.abs(u))
+    apart = np.hypot(u[:, None] + dx, v + dy)
+    s = np.minimum(apart / (2 * radius[..., None, None]), 1.0)
+    lens = 2 / np.pi * (np.arccos(s) - s * np.sqrt(1 - s**2))
+    return np.asarray(np.einsum("...ij,i,j->...", lens, weight, weight))
 
 
 def _variance(image: SkyImage, given: ArrayLike | None) -> NDArray[np.floating]:
@@ -141,28 +218,81 @@ def _variance(image: SkyImage, given: ArrayLike | None) -> NDArray[np.floating]:
     return values[:, None, None] if values.ndim == 1 else values
 
 
-def _measure(
-    plane: Floats, variance: NDArray[np.floating], valid: NDArray[np.bool_], centres: Floats, radii: Floats
-) -> tuple[Floats, Floats, Floats]:
-    """Summed flux, its error and the covered share, each (N, A), of one band; radii (A,) pixels."""
-    sums, errors, shares = (np.empty((len(centres), len(radii))) for _ in range(3))
-    for a, radius in enumerate(radii):
-        reach = math.ceil(radius + 0.5)
-        steps = np.arange(-reach, reach + 1)
-        batch = max(1, BATCH_PIXELS // len(steps) ** 2)
-        for start in range(0, len(centres), batch):
-            rows = slice(start, start + batch)
-            x, y = centres[rows].T
-            columns, lines = (np.rint(position).astype(np.int64)[:, None] + steps for position in (x, y))
-            edges = [
-                np.concatenate([pixels - 0.5, pixels[:, -1:] + 0.5], axis=1) - position[:, None]
-                for pixels, position in ((columns, x), (lines, y))
-            ]
-            weight = circle_overlap(edges[0], edges[1], np.full(len(x), radius))
-            inside = ((lines >= 0) & (lines < plane.shape[0]))[:, :, None] & ((columns >= 0) & (columns < plane.shape[1]))[:, None]
-            at = lines.clip(0, plane.shape[0] - 1)[:, :, None], columns.clip(0, plane.shape[1] - 1)[:, None]
-            weight *= inside & valid[at]
-            sums[rows, a] = np.einsum("nij,nij->n", weight, plane[at])
-            errors[rows, a] = np.sqrt(np.einsum("nij,nij,nij->n", weight, weight, variance[at]))
-            shares[rows, a] = weight.sum(axis=(1, 2)) / (np.pi * radius**2)
-    return sums, errors, shares
+def _invalid(image: SkyImage) -> NDArray[np.bool_]:
+    """(C, H, W)."""
+    return np.broadcast_to(image.mask, image.data.shape) if image.invalid is None else image.invalid
+
+
+def _pixel_noise(image: SkyImage, blank: NDArray[np.bool_]) -> PixelNoise:
+    """Noise of the pixels where ``blank`` (H, W), or of all valid ones in a band that has none there."""
+    rows = max(1, math.ceil(image.data[0].size / NOISE_PIXELS))
+    sigma, correlation = np.full(len(image.bands), np.nan), np.zeros(len(image.bands))
+    for band, (plane, invalid) in enumerate(zip(image.data[:, ::rows], _invalid(image)[:, ::rows], strict=True)):
+        used = blank[::rows] & ~invalid
+        used = used if used.any() else ~invalid
+        if not used.any():
+            continue
+        middle = np.median(plane[used])
+        sigma[band] = 1.4826 * np.median(np.abs(plane[used] - middle))
+        used &= np.abs(plane - middle) < CLIP * sigma[band]
+        scaled = plane - middle
+        pairs = used[:, 1:] & used[:, :-1]
+        if pairs.any():
+            product = np.mean(scaled[:, 1:][pairs] * scaled[:, :-1][pairs], dtype=np.float64)
+            correlation[band] = np.clip(product / np.mean(np.square(scaled[used]), dtype=np.float64), 0, 0.5)
+    return PixelNoise(sigma, correlation)
+
+
+class _Sums(NamedTuple):
+    """Of circles, each (N, C, A): flux, variance (area share x variance), and the share of the area that is valid."""
+
+    flux: Floats
+    variance: Floats
+    covered: Floats
+
+
+def _circle_sums(
+    image: SkyImage, variance: NDArray[np.floating], centres: Floats, radii: Floats, owners: Owners | None = None
+) -> _Sums:
+    """Sums of valid pixels over circles of radii (C, A) pixels about centres (N, 2); ``owners``: none of another object."""
+    found = _Sums(*(np.zeros((len(centres), *radii.shape)) for _ in _Sums._fields))
+    invalid = _invalid(image)
+    for band, sizes in enumerate(radii):
+        valid = ~invalid[band]
+        plane, spread = np.where(valid, image.data[band], 0), np.where(valid, variance[band], 0)
+        seen = valid.astype(np.float32)
+        # one-dimensional, since sep's time grows with the square of the number of circles otherwise
+        x, y, radius = (np.ascontiguousarray(values).ravel() for values in np.broadcast_arrays(*centres.T[:, :, None], sizes))
+        others = {} if owners is None else {"segmap": owners, "seg_id": np.repeat(np.arange(len(centres)) + 1, len(sizes))}
+        flux, error, _ = sep.sum_circle(plane, x, y, radius, var=spread.astype(np.float32), subpix=0, **others)
+        area, _, _ = sep.sum_circle(seen, x, y, radius, subpix=0)
+        for kept, values in zip(found, (flux, error**2, area / (np.pi * radius**2)), strict=True):
+            kept[:, band] = values.reshape(-1, len(sizes))
+    return found
+
+
+def _isophotal(
+    image: SkyImage, variance: NDArray[np.floating], owners: Owners, count: int, correlation: Floats
+) -> tuple[Floats, Floats]:
+    """Flux and error (N, C) of the pixels that each of ``count`` objects owns."""
+    place = np.flatnonzero(owners)
+    owner = owners.ravel()[place] - 1
+    pixels = np.maximum(np.bincount(owner, minlength=count), 1)
+    factor = noise_factor(np.sqrt(pixels / np.pi)[:, None], correlation, whole_pixels=True)
+    invalid = _invalid(image)
+    flux, error = np.empty((count, len(image.bands))), np.empty((count, len(image.bands)))
+    for band in range(len(image.bands)):
+        valid = ~invalid[band].ravel()[place]
+        spread = np.broadcast_to(variance[band], owners.shape).ravel()[place]
+        light, noise, share = (
+            np.bincount(owner[valid], weights=values[valid], minlength=count).astype(np.float64)
+            for values in (image.data[band].ravel()[place], spread, 1 / pixels[owner])
+        )
+        flux[:, band], error[:, band] = _made_up(light, np.sqrt(noise * factor[:, band]), share)
+    return flux, error
+
+
+def _made_up(flux: Floats, error: Floats, covered: Floats, min_coverage: float = MIN_COVERAGE) -> tuple[Floats, Floats]:
+    """Flux and error of whole areas from those of the share that is covered; NaN where that is too little or no pixel counts."""
+    share = np.where((covered >= min_coverage) & (error > 0), covered, np.nan)
+    return flux / share, error / share

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from deepdisc_ops.config import DataSettings, InputSettings, ModelSettings, TrainingConfig
+from deepdisc_ops.data.domain import training_domain
 from deepdisc_ops.data.loader import Batch, CropDataset, measure_pixels, open_batches, training_redshifts
 from deepdisc_ops.data.store import Dataset, Records, open_dataset
 from deepdisc_ops.errors import ConfigError, Requeue, TrainingError
@@ -22,6 +23,7 @@ from deepdisc_ops.model.build import DeepDisc
 from deepdisc_ops.model.pretrained import initialise
 from deepdisc_ops.model.weights import recover, save_member
 from deepdisc_ops.photoz.figures import loss_curves, write_figure
+from deepdisc_ops.sky.domain import Domain
 from deepdisc_ops.training.checkpoint import STATE, TrainingState, load_state, save_state
 from deepdisc_ops.training.distributed import Report, World, check_devices, spawn
 from deepdisc_ops.training.meter import TIMINGS, Meter
@@ -82,6 +84,7 @@ def _run(world: World, device: torch.device, report: Report | None, config: Trai
         initialise(network, config.model)
     start_at_redshifts(network, config, records, dataset)
     crops = CropDataset(records, dataset.info, config.data, config.model, config.seed)
+    domain = training_domain(records, config.model.bands, config.data.augment) if world.main else None
     learner = Optimisation(network, settings, world, device, config.seed)
     if world.main:
         recover(out / "best")
@@ -114,7 +117,7 @@ def _run(world: World, device: torch.device, report: Report | None, config: Trai
             if state.step % settings.validate_every == 0 or state.step == settings.steps:
                 metrics = {"train_loss": state.take_mean_loss(), "lr": learner.lr} | meter.read(device, world)
                 metrics |= _validate(learner, config, held_out, dataset, device, world)
-                _keep(learner, config, state, metrics, out if world.main else None)
+                _keep(learner, config, state, metrics, domain, out if world.main else None)
                 save()
                 if world.main:
                     write_figure(loss_curves([_untimed(entry) for entry in state.history]), out / "loss.png")
@@ -186,7 +189,12 @@ def _validate(
 
 
 def _keep(
-    learner: Optimisation, config: TrainingConfig, state: TrainingState, metrics: Mapping[str, float], out: Path | None
+    learner: Optimisation,
+    config: TrainingConfig,
+    state: TrainingState,
+    metrics: Mapping[str, float],
+    domain: Domain | None,
+    out: Path | None,
 ) -> None:
     """Add a validation to the state and, if it is the best, write the member (``out`` is None on all ranks but one)."""
     log.info("step %d: %s", state.step, ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
@@ -197,7 +205,7 @@ def _keep(
     else:
         state.stale += 1
     if out and (state.stale == 0 or not (out / "best").exists()):
-        save_member(out / "best", learner.best_network, config, metrics, state.step)
+        save_member(out / "best", learner.best_network, config, metrics, state.step, domain)
 
 
 def _untimed(entry: Mapping[str, float]) -> dict[str, float]:

@@ -124,7 +124,7 @@ def test_the_largest_window_fits_into_the_request_limit(bands: int, side: int) -
 
 
 def test_a_cap_on_detections_counts_in_the_response_limit() -> None:
-    assert server.detections_per_megapixel(InferenceSettings(proposals_per_megapixel=8000)) == 4000
+    assert server.detections_per_megapixel(InferenceSettings(proposals_per_megapixel=8000, crowding=2)) == 8000
     capped = InferenceSettings(max_detections=5000, tile=512, overlap=12)
     assert server.detections_per_megapixel(capped) == pytest.approx(20000)
 

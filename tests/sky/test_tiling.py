@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from deepdisc_ops.errors import ConfigError
 from deepdisc_ops.sky.detections import Detections, Flag
-from deepdisc_ops.sky.tiling import Window, plan, reconcile
+from deepdisc_ops.sky.seams import reconcile
+from deepdisc_ops.sky.tiling import Tile, Window, plan
 
 geometry = st.tuples(st.integers(1, 300), st.integers(1, 300), st.integers(40, 120), st.integers(0, 30), st.sampled_from([1, 4, 8]))
 
@@ -81,9 +82,9 @@ def test_what_one_tile_alone_saw_counts_in_its_core_only() -> None:
 
 
 def test_borders_are_flagged() -> None:
-    tiles = plan(100, 40, 60, 20)
+    window = plan(100, 40, 60, 20)[0].window
     at_border, at_edge = boxes_of(np.array([[4.0, 20.0]])), np.array([[52.0, 10.0, 60.0, 14.0]], np.float32)
-    found = reconcile(tiles[:1], [as_detections(np.concatenate([at_border, at_edge]))], 100, 40)
+    found = reconcile([Tile(window, window)], [as_detections(np.concatenate([at_border, at_edge]))], 100, 40)
     assert found.flags.tolist() == [Flag.EDGE, Flag.TRUNCATED]
 
 

@@ -1,0 +1,118 @@
+"""``deepdisc-ops members``: which networks make an ensemble, and the thresholds of one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from deepdisc_ops.cli.console import console, progress_bar, short
+
+if TYPE_CHECKING:
+    from deepdisc_ops.inference.tuning import Trial, Tuning
+
+members_app = typer.Typer(no_args_is_help=True, help="Ensemble members: their choice, their thresholds.")
+
+
+@members_app.command("select")
+def members_select(
+    sweep: Annotated[str, typer.Argument(help="Name of the sweep, or the id of its parent run.")],
+    tracking_uri: Annotated[str, typer.Option(help="MLflow store of the sweep, such as sqlite:///sweep/mlflow.db.")],
+    out: Annotated[Path, typer.Option(help="YAML file for the selection.")] = Path("members.yaml"),
+    k: Annotated[int, typer.Option("-k", min=1, help="Members to choose.")] = 2,
+    metric: Annotated[str, typer.Option(help="Metric that ranks the trials.")] = "val_nll",
+    min_completeness: Annotated[float, typer.Option(min=0, max=1, help="Least completeness of gold galaxies.")] = 0.0,
+    max_per_backbone: Annotated[int | None, typer.Option(min=1, help="At most so many members of one backbone.")] = None,
+) -> None:
+    """Choose the best trials of a sweep as ensemble members.
+
+    Example: `deepdisc-ops members select quick --tracking-uri sqlite:///sweep/mlflow.db -k 2 --out members.yaml`
+    """
+    from deepdisc_ops.sweeps import select
+
+    chosen = select.select_members(
+        tracking_uri,
+        sweep,
+        k,
+        into=out.parent / "members",
+        metric=metric,
+        min_completeness=min_completeness,
+        max_per_backbone=max_per_backbone,
+    )
+    select.write_selection(chosen, out)
+    table = Table("run", "backbone", "fraction", metric, "val_sigma_iqr", "val_completeness", title=f"{k} members in {out}")
+    for member in chosen:
+        figures = [short(member.metrics.get(key)) for key in (metric, "val_sigma_iqr", "val_completeness")]
+        table.add_row(member.run_id[:8], member.config.model.backbone.name, short(member.config.data.fraction), *figures)
+    console.print(table)
+
+
+@members_app.command("gather")
+def members_gather(
+    checkpoints: Annotated[list[Path], typer.Argument(help="Checkpoint folders (RUN/best).")],
+    out: Annotated[Path, typer.Option(help="The ensemble folder to write.")],
+    half: Annotated[bool, typer.Option("--half", help="Store weights in 16 bits: half the size.")] = False,
+) -> None:
+    """Gather checkpoints into an ensemble folder, which `predict` and `archive build` take.
+
+    Example: `deepdisc-ops members gather runs/1/best runs/2/best --out ensemble --half`
+    """
+    from deepdisc_ops.inference.ensemble import write_ensemble
+
+    write_ensemble(out, checkpoints, half=half)
+    console.print(f"{out}: {len(checkpoints)} members, {sum(f.stat().st_size for f in out.iterdir()) / 1e6:.1f} MB")
+
+
+@members_app.command("tune")
+def members_tune(
+    member: Annotated[Path, typer.Argument(help="A checkpoint folder (RUN/best); its member.yaml takes the choice.")],
+    data: Annotated[Path, typer.Option(help="Data set to tune on, of images that the member was not trained on.")],
+    split: Annotated[str, typer.Option(help="Split of the data set, such as validation or calibration.")] = "validation",
+    min_completeness: Annotated[float, typer.Option(min=0, max=1, help="Least completeness of gold galaxies.")] = 0.0,
+    min_purity: Annotated[float, typer.Option(min=0, max=1, help="Least purity of all detections.")] = 0.0,
+    device: Annotated[str, typer.Option(help="torch device, such as cpu or cuda:0.")] = "cpu",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Tell the best thresholds and leave the member as it is.")] = False,
+) -> None:
+    """Choose the score and overlap thresholds of a member that find the most gold galaxies with the fewest false ones.
+
+    Example: `deepdisc-ops members tune runs/1/best --data scenes --split calibration`
+    """
+    from deepdisc_ops.inference.tuning import store, tune_thresholds
+
+    with progress_bar("tuning", 1, "images") as advance:
+        tuning = tune_thresholds(
+            member,
+            data,
+            split,
+            min_completeness=min_completeness,
+            min_purity=min_purity,
+            device=device,
+            progress=lambda done, total: advance(done, "", total),
+        )
+    console.print(_trials(tuning))
+    console.print(f"before: {_told(tuning.before)}")
+    console.print(f"best:   {_told(tuning.best)}")
+    if not dry_run:
+        store(member, tuning.best)
+        console.print(f"{member} has them from now on; weigh and pack ensembles of it again")
+
+
+def _trials(tuning: Tuning) -> Table:
+    """All trials, a row a score threshold, a column an overlap."""
+    overlaps = sorted({trial.nms_threshold for trial in tuning.trials})
+    title = f"F1 (completeness of {tuning.gold} gold galaxies / purity), by score and overlap"
+    table = Table("score", *(f"overlap {overlap:g}" for overlap in overlaps), title=title)
+    for score in sorted({trial.score_threshold for trial in tuning.trials}):
+        row = {trial.nms_threshold: trial for trial in tuning.trials if trial.score_threshold == score}
+        cells = (f"{row[o].f1:.3f} ({row[o].completeness:.3f}/{row[o].purity:.3f})" for o in overlaps)
+        table.add_row(f"{score:g}", *cells)
+    return table
+
+
+def _told(trial: Trial) -> str:
+    return (
+        f"score {trial.score_threshold:g}, overlap {trial.nms_threshold:g}: F1 {trial.f1:.3f}, "
+        f"completeness {trial.completeness:.3f}, purity {trial.purity:.3f}"
+    )
