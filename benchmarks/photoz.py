@@ -190,7 +190,7 @@ def report(figures: dict[str, Any]) -> list[str]:
 def main() -> None:
     """Look, judge, print and keep."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=Path("models/lsst"), help="ensemble folder")
+    parser.add_argument("--model", type=Path, default=Path("models/lsst-small"), help="ensemble folder")
     parser.add_argument("--sky", choices=reference_names(), default="lsst_reference")
     parser.add_argument("--quick", action="store_true", help="a tenth of the scenes; results go to the work folder")
     parser.add_argument(

@@ -99,7 +99,7 @@ class Rung:
         return statistics.median(self.waits)
 
 
-class KeepsRedshifts(DatasetMapper):  # type: ignore[misc]
+class KeepsRedshifts(DatasetMapper):  # type: ignore[misc]  # detectron2 has no types
     """detectron2's mapper, with the two columns of an object that it would lose."""
 
     def _transform_annotations(self, dataset_dict: dict[str, Any], transforms: Any, image_shape: tuple[int, int]) -> None:
@@ -125,7 +125,7 @@ class StockModel(nn.Module):
         return self.network.losses(images.tensor, targets)
 
 
-class ClippedTrainer(SimpleTrainer):  # type: ignore[misc]
+class ClippedTrainer(SimpleTrainer):  # type: ignore[misc]  # detectron2 has no types
     """detectron2's loop, with the clipping of gradients where it leaves room for it."""
 
     def __init__(self, model: StockModel, loader: Any, optimizer: torch.optim.Optimizer, clip_norm: float) -> None:
@@ -137,7 +137,7 @@ class ClippedTrainer(SimpleTrainer):  # type: ignore[misc]
         nn.utils.clip_grad_norm_(self.model.parameters(), self._clip_norm)
 
 
-def read_npy(path: str, format: str | None = None) -> np.ndarray:  # noqa: A002, ARG001
+def read_npy(path: str, format: str | None = None) -> np.ndarray:  # noqa: A002, ARG001  detectron2 names them
     """In the place of detectron2's reader of JPEG: pixels that are read when they are used."""
     return np.asanyarray(np.load(path, mmap_mode="r"))
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -133,8 +133,9 @@ def predict(
         else:
             folder = _ensemble_folder(model or Path(), stack, shared=ray_address is not None)
             settings = _combination(folder, overrides or ())
-            failing = "skip" if skip_failing else "raise"
-            ensemble = ModelRecipe(folder, device, settings, memory.value, failing, masks)  # type: ignore[arg-type]
+            failing: Literal["skip", "raise"] = "skip" if skip_failing else "raise"
+            kept: Literal["swap", "keep"] = "swap" if memory == Memory.SWAP else "keep"
+            ensemble = ModelRecipe(folder, device, settings, kept, failing, masks)
             recipe = Recipe(pictures, ensemble, where, photometry, diameter, workers=workers)
             eyes = _in_process(stack, recipe, words, actors=actors)
         from deepdisc_ops.inference.mosaic import Survey, write_mosaic

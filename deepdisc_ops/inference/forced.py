@@ -19,19 +19,18 @@ from numpy.typing import NDArray
 from deepdisc_ops.errors import CatalogError
 from deepdisc_ops.inference.journal import Found, Journal, no_room, read_found, write_found
 from deepdisc_ops.inference.mosaic import Examiner, Notes, Progress, Search, Survey, answered, read_ahead
-from deepdisc_ops.inference.window import at_border, touches, truncated
+from deepdisc_ops.inference.window import touches
 from deepdisc_ops.sky.detections import Array, Detections, Flag
 from deepdisc_ops.sky.dust import EbvPlane, EbvSource, plane_over
 from deepdisc_ops.sky.given import Given
 from deepdisc_ops.sky.images import Mosaic, SkyImage
 from deepdisc_ops.sky.matching import match_in_plane
+from deepdisc_ops.sky.seams import at_border, truncated
 from deepdisc_ops.sky.tiling import Window
 
 Redshifter = Callable[[SkyImage, Array, EbvPlane], Detections]
 """The mixtures of boxes (N, 4) in pixels of one window, in their order."""
 PART_ROWS = 2**15
-RADIUS_ARCSEC = 0.5
-"""An object that is found no farther from a given one is that, as in the validation of training."""
 
 
 @dataclass(frozen=True)

@@ -115,7 +115,7 @@ def read_found(path: Path) -> Found:
 def write_found(path: Path, found: Found) -> None:
     """Write what a window gave, so that it is on the disk."""
     with path.open("wb") as file:
-        np.savez(file, **_as_arrays(found))  # type: ignore[arg-type]
+        np.savez(file, **_as_arrays(found))  # type: ignore[arg-type]  # none is named allow_pickle, its one option
         file.flush()
         os.fsync(file.fileno())
 

@@ -25,7 +25,7 @@ from deepdisc_ops.inference.journal import Found, Journal
 from deepdisc_ops.photoz.mixture import GaussianMixture, summarise
 from deepdisc_ops.sky.catalog import Column, Coverage, build_catalog, open_catalog
 from deepdisc_ops.sky.catalog.coverage import covered_cells
-from deepdisc_ops.sky.detections import Array, Detections, Flag
+from deepdisc_ops.sky.detections import Array, Detections, Flag, row_order
 from deepdisc_ops.sky.dust import EbvPlane, EbvSource, plane_over
 from deepdisc_ops.sky.images import Mosaic, SkyImage
 from deepdisc_ops.sky.matching import pairwise_iou_candidates
@@ -291,12 +291,6 @@ def _with_whole(objects: Detections, box: Array, seen: Detections) -> Detections
     cut = (objects.flags[same] & Flag.TRUNCATED) > 0
     rest = np.setdiff1d(np.arange(len(objects)), same[cut | (overlap >= SAME_IOU)])
     return Detections.concatenate([objects.select(rest), best])
-
-
-def row_order(boxes: Array) -> Array:
-    """Indices that sort boxes (N, 4) by row and column of their centres, then by size."""
-    size, centre = boxes[:, 2:] - boxes[:, :2], boxes[:, 2:] + boxes[:, :2]
-    return np.lexsort((size[:, 0], size[:, 1], centre[:, 0], centre[:, 1]))
 
 
 def predict_mosaic(

@@ -15,7 +15,7 @@ from deepdisc_ops.errors import ImageError
 from deepdisc_ops.inference.engine import Member
 from deepdisc_ops.sky.detections import Array, Detections, Flag
 from deepdisc_ops.sky.dust import EbvPlane
-from deepdisc_ops.sky.seams import reconcile
+from deepdisc_ops.sky.seams import at_border, reconcile, truncated
 from deepdisc_ops.sky.tiling import Tile, Window, plan
 
 Pixels = NDArray[np.float32]
@@ -80,19 +80,6 @@ def touches(mask: NDArray[np.bool_], boxes: Array) -> NDArray[np.bool_]:
     x0, x1 = (edge.clip(0, mask.shape[1]).astype(int) for edge in (np.floor(boxes[:, 0]), np.ceil(boxes[:, 2])))
     y0, y1 = (edge.clip(0, mask.shape[0]).astype(int) for edge in (np.floor(boxes[:, 1]), np.ceil(boxes[:, 3])))
     return np.asarray(area[y1, x1] - area[y0, x1] - area[y1, x0] + area[y0, x0] > 0)
-
-
-def truncated(window: Window, boxes: Array, width: int, height: int) -> NDArray[np.bool_]:
-    """Whether each box (N, 4) reaches an edge of ``window`` that is not the border of ``width`` x ``height``."""
-    low = (boxes[:, :2] <= np.array([window.x0, window.y0]) + 0.5) & np.array([window.x0 > 0, window.y0 > 0])
-    high = (boxes[:, 2:] >= np.array([window.x1, window.y1]) - 0.5) & np.array([window.x1 < width, window.y1 < height])
-    return np.asarray((low | high).any(axis=1))
-
-
-def at_border(boxes: Array, width: int, height: int) -> NDArray[np.bool_]:
-    """Whether each box (N, 4) touches the border of an image, or lies beyond."""
-    low, high = boxes[:, :2] <= 0.5, boxes[:, 2:] >= np.array([width, height]) - 0.5
-    return np.asarray((low | high).any(axis=1))
 
 
 def centres(boxes: Array) -> tuple[Array, Array]:

@@ -83,7 +83,7 @@ class _WeightedSum(torch.autograd.Function):
         return functional.embedding_bag(index, pixels, starts, per_sample_weights=weights, mode="sum")
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]  # torch's own takes anything
         """Each pixel's gradient is the weighted sum over the bags that it is in."""
         (gradient,) = gradients
         index, weights, starts = ctx.saved_tensors

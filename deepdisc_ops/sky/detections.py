@@ -99,6 +99,12 @@ class Detections:
         return replace(self, flags=(self.flags | np.where(where, np.int32(flag), 0)).astype(np.int32))
 
 
+def row_order(boxes: Array) -> Array:
+    """Indices that sort boxes (N, 4) by row and column of their centres, then by size, so that equal centres are settled too."""
+    size, centre = boxes[:, 2:] - boxes[:, :2], boxes[:, 2:] + boxes[:, :2]
+    return np.lexsort((size[:, 0], size[:, 1], centre[:, 0], centre[:, 1]))
+
+
 _ALWAYS = tuple(f.name for f in fields(Detections) if f.name not in {"masks", "extra"})
 """The columns that all detections have."""
 

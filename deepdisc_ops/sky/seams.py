@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
@@ -51,7 +52,8 @@ class Seams:
 
     def add(self, tile: Tile, found: Detections) -> None:
         """Take the objects of one more window."""
-        part = _flag_borders(tile.window, found, self._width, self._height)
+        cut = truncated(tile.window, found.boxes, self._width, self._height)
+        part = found.flagged(at_border(found.boxes, self._width, self._height), Flag.EDGE).flagged(cut, Flag.TRUNCATED)
         self._held.append(part)
         self._window.append(np.full(len(part), self._windows))
         self._depth.append(_depth(tile.window, part, self._width, self._height))
@@ -133,10 +135,14 @@ def _depth(window: Window, detections: Detections, width: int, height: int) -> A
     return np.asarray(np.min(sides, axis=0))
 
 
-def _flag_borders(window: Window, detections: Detections, width: int, height: int) -> Detections:
-    low = detections.boxes[:, :2] <= np.array([window.x0, window.y0]) + 0.5
-    high = detections.boxes[:, 2:] >= np.array([window.x1, window.y1]) - 0.5
-    at_start, at_end = np.array([window.x0 == 0, window.y0 == 0]), np.array([window.x1 == width, window.y1 == height])
-    edge = (low & at_start).any(1) | (high & at_end).any(1)
-    truncated = (low & ~at_start).any(1) | (high & ~at_end).any(1)
-    return detections.flagged(edge, Flag.EDGE).flagged(truncated, Flag.TRUNCATED)
+def truncated(window: Window, boxes: Array, width: int, height: int) -> NDArray[np.bool_]:
+    """Whether each box (N, 4) reaches an edge of ``window`` that is not the border of ``width`` x ``height``."""
+    low = (boxes[:, :2] <= np.array([window.x0, window.y0]) + 0.5) & np.array([window.x0 > 0, window.y0 > 0])
+    high = (boxes[:, 2:] >= np.array([window.x1, window.y1]) - 0.5) & np.array([window.x1 < width, window.y1 < height])
+    return np.asarray((low | high).any(axis=1))
+
+
+def at_border(boxes: Array, width: int, height: int) -> NDArray[np.bool_]:
+    """Whether each box (N, 4) touches the border of an image, or lies beyond."""
+    low, high = boxes[:, :2] <= 0.5, boxes[:, 2:] >= np.array([width, height]) - 0.5
+    return np.asarray((low | high).any(axis=1))

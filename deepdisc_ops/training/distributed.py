@@ -161,7 +161,8 @@ def check_devices(settings: TrainSettings, world: World | None = None) -> torch.
     if world is None and ranks == 1:
         needed, index = (device.index or 0) + 1, device.index or 0
     else:
-        index = world.local_rank if world and there != 1 else 0  # a task that sees one GPU was given it, as by --gpus-per-task=1
+        own = os.environ.get("SLURM_GPUS_PER_TASK") == "1"  # a task then sees its own GPU alone, as the first
+        index = world.local_rank if world and not own else 0
         needed = index + 1 if world else ranks
     if needed > there:
         raise ConfigError(

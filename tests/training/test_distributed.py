@@ -189,6 +189,16 @@ def test_what_the_machine_does_not_have_is_named(settings: Mapping[str, object],
         check_devices(TrainSettings(**settings))
 
 
+def test_a_task_with_a_gpu_of_its_own_takes_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    settings, second = TrainSettings(device="cuda", batch_size=2), World(1, 2, 1, "env://")
+    with pytest.raises(ConfigError, match="needs 2 GPUs on this machine, found 1"):
+        check_devices(settings, second)
+    monkeypatch.setenv("SLURM_GPUS_PER_TASK", "1")
+    assert check_devices(settings, second) == torch.device("cuda", 0)
+
+
 def start(settings: TrainingConfig, folder: Path) -> subprocess.Popen[str]:
     """``deepdisc-ops train`` on the command line, into ``folder``/out."""
     path = folder / "config.yaml"

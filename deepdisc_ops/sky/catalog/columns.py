@@ -18,7 +18,7 @@ from deepdisc_ops.errors import CatalogError
 from deepdisc_ops.sky.catalog.ids import pixel_ids, sky_ids, unique_ids
 from deepdisc_ops.sky.catalog.masks import run_lengths
 from deepdisc_ops.sky.coordinates import icrs_positions
-from deepdisc_ops.sky.detections import Array, Detections
+from deepdisc_ops.sky.detections import Array, Detections, row_order
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def build_catalog(
     ``summary`` gives the z columns; without ``wcs`` ra and dec are NaN. What `PER_BAND` names, (N, C) in the order of ``bands``,
     becomes a column a band, with the signal to noise; ``described`` tells what other extra columns are. Raises `CatalogError`.
     """
-    order = np.arange(len(detections)) if as_given else _row_order(detections.boxes)
+    order = np.arange(len(detections)) if as_given else row_order(detections.boxes)
     detections = detections.select(order)
     x, y = detections.centres.astype(np.float64).T
     nowhere = np.full(len(x), np.nan)
@@ -125,13 +125,6 @@ def build_catalog(
     for name, array, column in _extra_columns(detections, bands, described or {}):
         _add(table, name, array, column)
     return table
-
-
-def _row_order(boxes: Array) -> Array:
-    """By row and column of the centre, then by size, so that the order of equal centres is settled too."""
-    size = boxes[:, 2:] - boxes[:, :2]
-    centre = boxes[:, 2:] + boxes[:, :2]
-    return np.lexsort((size[:, 0], size[:, 1], centre[:, 0], centre[:, 1]))
 
 
 def _extra_columns(
