@@ -8,6 +8,7 @@ import secrets
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
@@ -53,13 +54,14 @@ def session(address: str | None = None) -> Iterator[None]:
 
 @contextmanager
 def own_ray(environment: Mapping[str, str] | None = None) -> Iterator[None]:
-    """Ray on this machine alone, on free ports behind a token, without dashboard; nothing of it outlives the block.
+    """Ray on this machine alone, on free ports behind a token, without dashboard.
 
+    Nothing of it outlives the block, nor this process if it is killed.
     ``environment`` is set for the block and the processes it starts, where the user has not set it. Raises `SetupError` if Ray
     does not start.
     """
     temporary = _temporary_folder()
-    with _environment({**ENVIRONMENT, **(environment or {}), "RAY_AUTH_TOKEN": _token()}):
+    with _environment({**ENVIRONMENT, **(environment or {}), "RAY_AUTH_TOKEN": _token()}), _guarded(temporary):
         try:
             _start(temporary)
             yield
@@ -69,17 +71,23 @@ def own_ray(environment: Mapping[str, str] | None = None) -> Iterator[None]:
 
 
 @contextmanager
-def joined_ray(address: str) -> Iterator[None]:
+def joined_ray(address: str, environment: Mapping[str, str] | None = None) -> Iterator[None]:
     """The cluster at ``address`` (HOST:PORT, or auto for the one that this machine belongs to), left again after the block.
 
-    What was started there in the block and does not ask to stay ends with it. Raises `SetupError` where nothing answers.
+    ``environment`` is set here and in what is started there. What was started in the block and does not ask to stay ends with
+    it. Raises `SetupError` where nothing answers.
     """
     import ray
 
-    with _environment(ENVIRONMENT):
+    with _environment({**ENVIRONMENT, **(environment or {})}):
         try:
             with signals_restored():
-                ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+                ray.init(
+                    address=address,
+                    log_to_driver=False,
+                    logging_level=logging.WARNING,
+                    runtime_env={"env_vars": dict(environment)} if environment else None,
+                )
         except Exception as error:  # noqa: BLE001  Ray raises the bare class here
             fault = " ".join(str(error).split())[:300]
             raise SetupError(
@@ -103,6 +111,16 @@ def signals_restored() -> Iterator[None]:
         if threading.current_thread() is threading.main_thread():
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+@contextmanager
+def _guarded(temporary: Path) -> Iterator[None]:
+    """A process beside this one that cleans up if this one cannot, see `deepdisc_ops.ray_guard`."""
+    from deepdisc_ops.ray_guard import NAME
+
+    command = [sys.executable, "-m", NAME, str(temporary)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True):
+        yield  # the end of the block closes the guard's input and waits for it
 
 
 def _start(temporary: Path) -> None:
@@ -135,9 +153,12 @@ def _start(temporary: Path) -> None:
 
 def _stop(temporary: Path) -> None:
     """Stop Ray, and then whatever of it is still there."""
+    import psutil
     import ray
 
-    processes = _processes_of(temporary)
+    from deepdisc_ops.ray_guard import ray_processes
+
+    processes = ray_processes(psutil.Process(), temporary)
     ray.shutdown()
     _end(processes)
 
@@ -166,20 +187,6 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
     finally:
         for key in new:
             os.environ.pop(key, None)
-
-
-def _processes_of(temporary: Path) -> list[psutil.Process]:
-    """Our descendants that belong to the Ray instance in ``temporary``, with theirs."""
-    import psutil
-
-    found: dict[int, psutil.Process] = {}
-    for child in psutil.Process().children(recursive=True):
-        try:
-            if any(str(temporary) in part for part in child.cmdline()):
-                found |= {process.pid: process for process in (child, *child.children(recursive=True))}
-        except psutil.NoSuchProcess:
-            continue
-    return list(found.values())
 
 
 def _end(processes: list[psutil.Process]) -> None:

@@ -19,10 +19,14 @@ class EnsembleHandler:
     """One worker's ensemble; the members share the worker."""
 
     def initialize(self, ctx: Any) -> None:
-        """Load and verify the members, then predict once on noise; raises when the archive cannot be served."""
+        """Load and verify the members, then predict once on noise; raises when the archive cannot be served.
+
+        A member that fails takes the others along, then and later, unless ensemble.yaml says ``on_failure: skip``.
+        """
         import torch
 
-        from deepdisc_ops.inference.ensemble import Ensemble
+        from deepdisc_ops.errors import ArchiveError
+        from deepdisc_ops.inference.ensemble import Ensemble, read_description
         from deepdisc_ops.serving import archive
 
         started = time.monotonic()
@@ -32,7 +36,10 @@ class EnsembleHandler:
         gpu = properties.get("gpu_id")
         device = f"cuda:{gpu}" if gpu is not None and torch.cuda.is_available() else "cpu"
         folder = pathlib.Path(properties["model_dir"])
-        self.ensemble = Ensemble.load(folder, device)
+        on_failure = read_description(folder).get("on_failure", "raise")
+        if on_failure not in ("raise", "skip"):
+            raise ArchiveError(f"on_failure is {on_failure!r} in {archive.DESCRIPTION}; expected raise or skip")
+        self.ensemble = Ensemble.load(folder, device, on_failure=on_failure)
         self.version = archive.description_digest((folder / archive.DESCRIPTION).read_bytes())
         self._warm_up()
         seconds = time.monotonic() - started
@@ -45,21 +52,23 @@ class EnsembleHandler:
     def _answer(self, request: dict[str, Any], index: int, ctx: Any) -> bytes | str:
         import torch
 
-        from deepdisc_ops.errors import DeepdiscOpsError
+        from deepdisc_ops.errors import DeepdiscOpsError, InputError
         from deepdisc_ops.serving import wire
 
         try:
             reply = self._predict(request, ctx.get_all_request_header(index))
         except wire.Refused as refusal:
             status, fault = refusal.status, refusal.fault
-        except DeepdiscOpsError as error:
+        except InputError as error:
             status, fault = 422, wire.Fault("unusable", str(error), "")
-        except (MemoryError, torch.OutOfMemoryError):
+        except DeepdiscOpsError as error:  # not the request's fault; it names the member
+            log.exception("request %s failed", ctx.get_request_id(index))
+            status, fault = 500, wire.Fault("member_failed", str(error), "")
+        except (MemoryError, torch.OutOfMemoryError) as error:
             log.exception("request %s ran out of memory", ctx.get_request_id(index))
-            status, fault = (
-                507,
-                wire.Fault("out_of_memory", "the window does not fit in the worker's memory", "send smaller windows"),
-            )
+            who = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
+            what = f"the window does not fit in the worker's memory{who}"
+            status, fault = 507, wire.Fault("out_of_memory", what, "send smaller windows")
         except Exception as error:  # TorchServe would answer 503, which clients retry
             log.exception("request %s failed", ctx.get_request_id(index))
             what = f"the worker failed with {type(error).__name__}: {error}"

@@ -14,12 +14,16 @@ import typer
 from rich.table import Table
 
 import deepdisc_ops
-from deepdisc_ops.cli.console import console, progress_bar, short
+from deepdisc_ops.cli.compare import compare
+from deepdisc_ops.cli.console import console, progress_bar
 from deepdisc_ops.cli.data import data_app
 from deepdisc_ops.cli.members import members_app
 from deepdisc_ops.cli.model import model_app
 from deepdisc_ops.cli.predict import predict
 from deepdisc_ops.cli.pretrain import pretrain
+from deepdisc_ops.cli.slurm import app as slurm_app
+from deepdisc_ops.cli.sweep import sweep_app
+from deepdisc_ops.cli.track import app as track_app
 from deepdisc_ops.cli.truth import truth_app
 from deepdisc_ops.cli.weights import weights_app
 from deepdisc_ops.errors import ConfigError, DeepdiscOpsError
@@ -28,7 +32,6 @@ if TYPE_CHECKING:
     from deepdisc_ops.data.store import Dataset
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", help=deepdisc_ops.__doc__)
-sweep_app = typer.Typer(no_args_is_help=True, help="Ray Tune sweeps, tracked in MLflow.")
 archive_app = typer.Typer(no_args_is_help=True, help="Model archives: an ensemble in one .mar file.")
 serve_app = typer.Typer(no_args_is_help=True, help="The TorchServe endpoint.")
 setup_app = typer.Typer(no_args_is_help=True, help="Parts that pip alone does not install.")
@@ -41,9 +44,12 @@ for name, sub in {
     "data": data_app,
     "model": model_app,
     "truth": truth_app,
+    "track": track_app,
+    "slurm": slurm_app,
     "weights": weights_app,
 }.items():
     app.add_typer(sub, name=name)
+sweep_app.command("compare")(compare)
 app.command()(pretrain)
 app.command()(predict)
 
@@ -199,47 +205,6 @@ def train(
         console.print(f"best checkpoint in {best}, curves in {out / 'loss.png'}")
 
 
-@sweep_app.command("run")
-def sweep_run(
-    spec: Annotated[Path, typer.Argument(help="Sweep specification, such as tune/quick.yaml.")],
-    out: Annotated[Path, typer.Option(help="Folder of the sweep; an unfinished one there goes on.")] = Path("sweep"),
-    tracking_uri: Annotated[str | None, typer.Option(help="MLflow store; default sqlite in OUT.")] = None,
-    overrides: Overrides = None,
-) -> None:
-    """Run a Ray Tune sweep; every trial becomes a child run in MLflow.
-
-    Example: `deepdisc-ops sweep run tune/quick.yaml --out sweep --set base.data.path=scenes`
-    """
-    from deepdisc_ops.sweeps import space
-
-    loaded = space.load_spec(spec, overrides or ())
-    from deepdisc_ops.sweeps import run
-
-    total = space.number_of_trials(loaded)
-    with progress_bar(f"sweep of {total} trials", total, "trials") as advance:
-        ended: dict[str, str] = {}
-
-        def progress(news: Any) -> None:
-            if news.state != "running":
-                ended[news.trial_id] = news.state
-            metric = news.metrics.get(loaded.metric)
-            figure = "" if metric is None else f", {loaded.metric} {metric:.3f}"
-            advance(len(ended), f"{news.trial_id} {news.state} at step {news.step} of {news.steps}{figure}", tell=True)
-
-        result = run.run_sweep(loaded, out, tracking_uri=tracking_uri, progress=progress)
-    table = Table(title=f"sweep {result.name}: MLflow run {result.parent_run_id} in {result.tracking_uri}")
-    for column in ("trial", "state", "step", "values", *("val_nll", "val_sigma_iqr", "val_outliers", "val_completeness")):
-        table.add_column(column)
-    for trial in sorted(result.trials, key=lambda t: t.best.get("val_nll", float("inf"))):
-        values = ", ".join(
-            f"{key.rsplit('.', 2)[-2] if key.endswith('.name') else key.rsplit('.', 1)[-1]} {short(value)}"
-            for key, value in trial.values.items()
-        )
-        figures = [short(trial.best.get(key)) for key in ("val_nll", "val_sigma_iqr", "val_outliers", "val_completeness")]
-        table.add_row(trial.trial_id, trial.state, str(trial.step), values, *figures)
-    console.print(table)
-
-
 @archive_app.command("build")
 def archive_build(
     out: Annotated[Path, typer.Option(help="The archive to write, NAME.mar.")],
@@ -254,13 +219,14 @@ def archive_build(
 
     if bool(checkpoints) == bool(members):
         raise ConfigError("name either checkpoint folders or --members, one of the two")
-    run_ids = None
+    run_ids, weights = None, tuple[float, ...]()
     if members:
         from deepdisc_ops.sweeps import select
 
         selection = select.read_selection(members)
         checkpoints, run_ids = [m.checkpoint for m in selection], [m.run_id for m in selection]
-    archive.build_archive(checkpoints or [], out, run_ids)
+        weights = tuple(m.weight for m in selection if m.weight is not None)
+    archive.build_archive(checkpoints or [], out, run_ids, weights)
     description = archive.inspect_archive(out)
     console.print(f"{out}: {len(description['members'])} members, {out.stat().st_size / 1e6:.1f} MB")
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
 from deepdisc_ops.cli.console import console, progress_bar, short
+from deepdisc_ops.errors import ConfigError
 
 if TYPE_CHECKING:
     from deepdisc_ops.inference.tuning import Trial, Tuning
+    from deepdisc_ops.sweeps.greedy import GreedyChoice
+    from deepdisc_ops.sweeps.select import Conditions
 
 members_app = typer.Typer(no_args_is_help=True, help="Ensemble members: their choice, their thresholds.")
 
@@ -19,34 +23,72 @@ members_app = typer.Typer(no_args_is_help=True, help="Ensemble members: their ch
 @members_app.command("select")
 def members_select(
     sweep: Annotated[str, typer.Argument(help="Name of the sweep, or the id of its parent run.")],
-    tracking_uri: Annotated[str, typer.Option(help="MLflow store of the sweep, such as sqlite:///sweep/mlflow.db.")],
+    tracking_uri: Annotated[str, typer.Option(help="MLflow store: sqlite:///sweep/mlflow.db, a server, or a sweep's folder.")],
     out: Annotated[Path, typer.Option(help="YAML file for the selection.")] = Path("members.yaml"),
     k: Annotated[int, typer.Option("-k", min=1, help="Members to choose.")] = 2,
     metric: Annotated[str, typer.Option(help="Metric that ranks the trials.")] = "val_nll",
     min_completeness: Annotated[float, typer.Option(min=0, max=1, help="Least completeness of gold galaxies.")] = 0.0,
     max_per_backbone: Annotated[int | None, typer.Option(min=1, help="At most so many members of one backbone.")] = None,
+    one_per_fold: Annotated[
+        bool, typer.Option("--one-per-fold", help="Each member of another partition of the data set (data.partition).")
+    ] = False,
+    greedy: Annotated[
+        bool, typer.Option("--greedy", help="Add members one by one while the combined density of unseen objects gains; k at most.")
+    ] = False,
+    candidates: Annotated[
+        int | None, typer.Option(min=1, help="Greedy: look at the best so many by the metric; 4 k without.")
+    ] = None,
+    replacement: Annotated[bool, typer.Option("--replacement", help="Greedy: a member may count several times.")] = False,
+    weights: Annotated[str | None, typer.Option(help="Greedy: likelihood (default), log_likelihood or uniform.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Greedy: the data set, where it is not at the path it was trained from.")
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Greedy: a split that no member has seen; calibration without.")] = None,
+    device: Annotated[str | None, typer.Option(help="Greedy: torch device, such as cuda:0; cpu without.")] = None,
+    register: Annotated[
+        str | None, typer.Option(help="Register the members as this model in MLflow, aliases champion and member-0, member-1 ...")
+    ] = None,
 ) -> None:
-    """Choose the best trials of a sweep as ensemble members.
+    """Choose trials of a sweep as ensemble members: the best, or with --greedy those that are worth most together.
 
     Example: `deepdisc-ops members select quick --tracking-uri sqlite:///sweep/mlflow.db -k 2 --out members.yaml`
     """
     from deepdisc_ops.sweeps import select
+    from deepdisc_ops.tracking import Tracker, store_uri
 
-    chosen = select.select_members(
-        tracking_uri,
-        sweep,
-        k,
-        into=out.parent / "members",
-        metric=metric,
-        min_completeness=min_completeness,
-        max_per_backbone=max_per_backbone,
-    )
+    uri, into = store_uri(tracking_uri), out.parent / "members"
+    of_greedy = {"candidates": candidates, "weights": weights, "data": data, "split": split, "device": device}
+    given = {name: value for name, value in of_greedy.items() if value is not None} | ({"replacement": True} if replacement else {})
+    if greedy:
+        conditions = select.Conditions(metric, min_completeness, max_per_backbone, one_per_fold)
+        choice = _select_greedily(uri, sweep, k, conditions, given, into)
+        chosen = list(choice.members)
+    elif given:
+        raise ConfigError(f"--{', --'.join(given)} belong to greedy selection; add --greedy or leave them out")
+    else:
+        chosen = select.select_members(
+            uri,
+            sweep,
+            k,
+            into=into,
+            metric=metric,
+            min_completeness=min_completeness,
+            max_per_backbone=max_per_backbone,
+            one_per_fold=one_per_fold,
+        )
     select.write_selection(chosen, out)
-    table = Table("run", "backbone", "fraction", metric, "val_sigma_iqr", "val_completeness", title=f"{k} members in {out}")
+    columns = list(dict.fromkeys((metric, "val_nll", "val_sigma_iqr", "val_completeness")))
+    table = Table("run", "backbone", "fold", "fraction", *columns, title=f"{len(chosen)} members in {out}")
     for member in chosen:
-        figures = [short(member.metrics.get(key)) for key in (metric, "val_sigma_iqr", "val_completeness")]
-        table.add_row(member.run_id[:8], member.config.model.backbone.name, short(member.config.data.fraction), *figures)
+        figures = [short(member.metrics.get(key)) for key in columns]
+        partition, fraction = member.config.data.partition, member.config.data.fraction
+        table.add_row(member.run_id[:8], member.config.model.backbone.name, short(partition), short(fraction), *figures)
     console.print(table)
+    if register:
+        tracker = Tracker(uri)
+        for number, member in enumerate(chosen):
+            tracker.register(register, member.run_id, [f"member-{number}", *(["champion"] if number == 0 else [])])
+        console.print(f"registered as {register}, member-0 to member-{len(chosen) - 1}; champion is member-0")
 
 
 @members_app.command("gather")
@@ -97,6 +139,26 @@ def members_tune(
     if not dry_run:
         store(member, tuning.best)
         console.print(f"{member} has them from now on; weigh and pack ensembles of it again")
+
+
+def _select_greedily(uri: str, sweep: str, k: int, conditions: Conditions, given: Mapping[str, Any], into: Path) -> GreedyChoice:
+    """Select and tell how: a row for each addition."""
+    from deepdisc_ops.sweeps.greedy import Greedy, select_greedily
+
+    with progress_bar("judging candidates", 1, "images") as advance:
+        choice = select_greedily(
+            uri, sweep, k, conditions, Greedy(**given), into=into, progress=lambda done, total, run: advance(done, run, total)
+        )
+    title = f"additions from {choice.candidates} candidates, NLL of {choice.objects} gold objects"
+    table = Table("run", "backbone", "alone", "combined", "weight", title=title)
+    for number, nll in zip(choice.additions.order, choice.additions.nll, strict=True):
+        member = choice.members[number]
+        row = (member.run_id[:8], member.config.model.backbone.name, f"{choice.alone[number]:.4f}", f"{nll:.4f}")
+        table.add_row(*row, short(member.weight))
+    console.print(table)
+    if len(choice.members) < k:
+        console.print(f"{len(choice.members)} members are best: none of the other candidates improves them")
+    return choice
 
 
 def _trials(tuning: Tuning) -> Table:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from hashlib import sha256
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from deepdisc_ops.sky.detections import Array, Detections
 from deepdisc_ops.sky.tiling import Window
 
 ABOUT = "run.json"
+DIGEST_BYTES = 32
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ class Journal:
             folder.mkdir(parents=True, exist_ok=True)
             if (folder / ABOUT).exists():
                 self._check(told)
+            elif len(self):
+                raise CatalogError(f"{folder} holds {len(self)} windows and no {ABOUT} that says of what; remove it to begin anew")
             else:
                 self._write(folder / ABOUT, lambda path: path.write_text(json.dumps(told, indent=1)))
         except OSError as error:
@@ -67,7 +71,7 @@ class Journal:
             return read_found(path)
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        except (OSError, ValueError):
             path.unlink(missing_ok=True)  # damaged, perhaps by a machine that went down: found again
             return None
 
@@ -80,7 +84,9 @@ class Journal:
             raise no_room(self.folder, error) from None
 
     def remove(self) -> None:
-        """Forget the run: it is complete."""
+        """Forget the run: it is complete. What it was about goes last, lest another takes windows that are left for its own."""
+        for page in self.folder.glob("*.npz"):
+            page.unlink(missing_ok=True)
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _path(self, window: Window, pass_: str) -> Path:
@@ -107,15 +113,21 @@ class Journal:
 
 
 def read_found(path: Path) -> Found:
-    """What `write_found` wrote."""
-    with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:  # np.load leaves a damaged file open
+    """What `write_found` wrote; raises `ValueError` where the file is not as it was written, by a bit or by its end."""
+    raw = path.read_bytes()
+    if sha256(raw[:-DIGEST_BYTES]).digest() != raw[-DIGEST_BYTES:]:
+        raise ValueError(f"{path} is damaged")
+    with np.load(BytesIO(raw), allow_pickle=False) as file:
         return _from_arrays(dict(file.items()))
 
 
 def write_found(path: Path, found: Found) -> None:
-    """Write what a window gave, so that it is on the disk."""
+    """Write what a window gave, so that it is on the disk: an .npz, which may have bytes after its end, and its SHA-256."""
+    page = BytesIO()
+    np.savez(page, **_as_arrays(found))  # type: ignore[arg-type]  # none is named allow_pickle, its one option
     with path.open("wb") as file:
-        np.savez(file, **_as_arrays(found))  # type: ignore[arg-type]  # none is named allow_pickle, its one option
+        file.write(page.getbuffer())
+        file.write(sha256(page.getbuffer()).digest())
         file.flush()
         os.fsync(file.fileno())
 

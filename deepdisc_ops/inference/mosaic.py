@@ -170,18 +170,27 @@ class Notes:
 class Search(Notes):
     """A mosaic looked at, once: iterate over it for its objects, in parts, by row of the mosaic over all of them.
 
-    ``journal`` keeps what windows gave; a search with one that holds some of it goes on from there. Raises `ImageError` where
-    no pixel of the mosaic is valid.
+    ``journal`` keeps what windows gave; a search with one that holds some of it goes on from there. Without ``second_pass``,
+    objects that are whole in no window stay in pieces, flagged `TRUNCATED`. Raises `ImageError` where no pixel of the mosaic is
+    valid.
     """
 
-    def __init__(self, survey: Survey, looker: Looker, journal: Journal | None = None, progress: Progress | None = None) -> None:
+    def __init__(
+        self,
+        survey: Survey,
+        looker: Looker,
+        journal: Journal | None = None,
+        progress: Progress | None = None,
+        *,
+        second_pass: bool = True,
+    ) -> None:
         super().__init__()
-        self.survey = survey
+        self.survey, self.second_pass = survey, second_pass
         self._looker, self._journal, self._progress = looker, journal, progress
 
     def __iter__(self) -> Iterator[Detections]:
         survey, tiles = self.survey, self.survey.tiles()
-        seams, shelf, objects = Seams(survey.width, survey.height), _Shelf(survey, self._again), 0
+        seams, shelf, objects = Seams(survey.width, survey.height), _Shelf(survey, self._again if self.second_pass else None), 0
         done = 0
         with closing(answered(self._looker, self._journal, [tile.window for tile in tiles], "first")) as answers:
             for y0, row in groupby(tiles, lambda tile: tile.window.y0):
@@ -240,7 +249,7 @@ class _Shelf:
     flagged `TRUNCATED`.
     """
 
-    def __init__(self, survey: Survey, again: Callable[[Window], Detections]) -> None:
+    def __init__(self, survey: Survey, again: Callable[[Window], Detections] | None) -> None:
         self._survey, self._again = survey, again
         self._objects: Detections | None = None
         self._looked: set[bytes] = set()
@@ -263,6 +272,8 @@ class _Shelf:
 
     def _look_again(self, objects: Detections, row: float) -> tuple[Detections, float]:
         """Objects after a second look at those cut whose surroundings are complete, and the first row of those that wait."""
+        if self._again is None:
+            return objects, np.inf
         while True:
             cut = np.flatnonzero((objects.flags & Flag.TRUNCATED) > 0)
             cut = cut[row_order(objects.boxes[cut])]
@@ -282,15 +293,21 @@ class _Shelf:
 
 
 def _with_whole(objects: Detections, box: Array, seen: Detections) -> Detections:
-    """``objects`` with the pieces of the object at ``box`` replaced by it, where it is among the ``seen``."""
+    """``objects`` with the pieces of the object at ``box`` replaced by it, where it is among the ``seen``.
+
+    What overlaps it and another of the ``seen`` more is not a piece of it: a neighbour, cut or not, stays.
+    """
     _, candidates, iou = pairwise_iou_candidates(box[None], seen.boxes, PIECE_IOU)
     if not len(candidates):
         return objects
-    best = seen.select(candidates[[int(np.argmax(iou))]])
-    _, same, overlap = pairwise_iou_candidates(best.boxes, objects.boxes, PIECE_IOU)
-    cut = (objects.flags[same] & Flag.TRUNCATED) > 0
-    rest = np.setdiff1d(np.arange(len(objects)), same[cut | (overlap >= SAME_IOU)])
-    return Detections.concatenate([objects.select(rest), best])
+    which = int(candidates[np.argmax(iou)])
+    piece, whole, overlap = pairwise_iou_candidates(objects.boxes, seen.boxes, PIECE_IOU)
+    best_first = np.lexsort((-overlap, piece))
+    piece, first = np.unique(piece[best_first], return_index=True)
+    whole, overlap = whole[best_first][first], overlap[best_first][first]
+    cut = (objects.flags[piece] & Flag.TRUNCATED) > 0
+    rest = np.setdiff1d(np.arange(len(objects)), piece[(whole == which) & (cut | (overlap >= SAME_IOU))])
+    return Detections.concatenate([objects.select(rest), seen.select(np.array([which]))])
 
 
 def predict_mosaic(

@@ -26,6 +26,7 @@ from typing import Any
 import yaml
 
 from deepdisc_ops import resources
+from deepdisc_ops.config import EnsembleSettings
 from deepdisc_ops.errors import ArchiveError
 
 HANDLER = "handlers/ensemble_handler.py"
@@ -40,10 +41,13 @@ _CHUNK = 1 << 20
 log = logging.getLogger(__name__)
 
 
-def build_archive(checkpoints: Sequence[Path], out: Path, run_ids: Sequence[str] | None = None) -> Path:
+def build_archive(
+    checkpoints: Sequence[Path], out: Path, run_ids: Sequence[str] | None = None, weights: Sequence[float] = ()
+) -> Path:
     """Pack checkpoint folders, or one ensemble folder, into the archive ``out`` (name.mar); it appears when it is complete.
 
-    ``run_ids`` are the tracking runs the checkpoints come from, one each.
+    ``run_ids`` are the tracking runs the checkpoints come from, one each. ``weights`` are those of the members in the combined
+    density, where they are not to follow from their validation.
     """
     if out.suffix != ".mar" or not _NAME.fullmatch(out.stem):
         raise ArchiveError(f"archive name {out.name!r} cannot be served; use letters, digits, '-', '_' and '.', ending in .mar")
@@ -56,7 +60,7 @@ def build_archive(checkpoints: Sequence[Path], out: Path, run_ids: Sequence[str]
     with tempfile.TemporaryDirectory(prefix=".archive-", dir=out.parent) as scratch:
         parts = Path(scratch) / "parts"
         parts.mkdir()
-        _gather(checkpoints, parts, run_ids)
+        _gather(checkpoints, parts, run_ids, weights)
         shutil.copyfile(resources.find(HANDLER), parts / Path(HANDLER).name)
         model = _run_archiver(out.stem, parts, Path(scratch))
         finished = Path(scratch) / out.name
@@ -66,7 +70,7 @@ def build_archive(checkpoints: Sequence[Path], out: Path, run_ids: Sequence[str]
     return out
 
 
-def _gather(checkpoints: Sequence[Path], parts: Path, run_ids: Sequence[str] | None) -> None:
+def _gather(checkpoints: Sequence[Path], parts: Path, run_ids: Sequence[str] | None, weights: Sequence[float]) -> None:
     """Make the ensemble folder ``parts``, or copy the one that is named."""
     from deepdisc_ops.inference.ensemble import read_description, write_ensemble
 
@@ -74,7 +78,8 @@ def _gather(checkpoints: Sequence[Path], parts: Path, run_ids: Sequence[str] | N
         for name in (DESCRIPTION, *(member["file"] for member in read_description(checkpoints[0])["members"])):
             shutil.copyfile(checkpoints[0] / name, parts / name)
         return
-    write_ensemble(parts, list(checkpoints), run_ids)
+    settings = EnsembleSettings(weights=tuple(weights)) if weights else None
+    write_ensemble(parts, list(checkpoints), run_ids, settings=settings)
 
 
 def unpack_archive(mar: Path, folder: Path) -> Path:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import signal
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,13 +17,11 @@ from typing import Any
 
 import yaml
 from ray import tune
-from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
-from ray.tune.search import BasicVariantGenerator
 
 from deepdisc_ops import config as settings
 from deepdisc_ops.config import Settings
-from deepdisc_ops.errors import ConfigError
-from deepdisc_ops.sweeps import space, trial
+from deepdisc_ops.errors import ConfigError, Requeue
+from deepdisc_ops.sweeps import search, space, trial
 from deepdisc_ops.sweeps.record import Progress, Recorder, SweepResult
 from deepdisc_ops.sweeps.session import interruptible, ray_session
 from deepdisc_ops.sweeps.space import SweepSpec
@@ -46,14 +45,17 @@ def run_sweep(
     out: Path,
     *,
     tracking_uri: str | None = None,
+    ray_address: str | None = None,
     progress: Progress | None = None,
     train: trial.Train | None = None,
 ) -> SweepResult:
     """Run all trials of ``spec``, or continue them if ``out`` holds this sweep unfinished; a finished one is returned as it is.
 
-    ``train`` is an importable function with the signature of `deepdisc_ops.training.loop.train`, the default. SIGTERM and
-    SIGINT end the sweep in order: trials stop at their last checkpoint, runs are closed as KILLED, and SystemExit is raised;
-    the same call then resumes. Raises ConfigError for a folder that holds another sweep, TrainingError if no trial is usable.
+    Without ``ray_address`` Ray runs on this machine alone; a cluster's nodes must see ``out`` and the data under the same
+    paths. ``train`` is an importable function with the signature of `deepdisc_ops.training.loop.train`, the default. SIGTERM,
+    SIGUSR1 and SIGINT end the sweep in order: trials stop at their last checkpoint, runs are closed as KILLED, and `Requeue`
+    is raised, or SystemExit for SIGINT; the same call then resumes, as it does after any crash. Raises ConfigError for a folder
+    that holds another sweep, TrainingError if no trial is usable.
     """
     out = out.absolute()
     if train is None:
@@ -64,10 +66,16 @@ def run_sweep(
         log.info("sweep %s in %s is already finished", spec.name, out)
         return recorder.close()
     try:
-        with interruptible() as signals, ray_session(spec.resources), _listening(manifest.sweep_id, recorder):
-            failed = _fit(spec, out, manifest.sweep_id, train)
-        if signals:
-            raise SystemExit(128 + signals[0])
+        with (
+            interruptible() as signals,
+            ray_session(spec.resources, ray_address),
+            _listening(manifest.sweep_id, recorder),
+        ):
+            failed = _fit(spec, out, manifest.sweep_id, train, again=recorder.lost())
+        if signal.SIGINT in signals:
+            raise SystemExit(128 + signal.SIGINT)
+        if signals or failed is None:
+            raise Requeue(f"sweep {spec.name} was told to stop; everything is saved in {out}, the same command goes on from there")
     except BaseException:
         recorder.close_interrupted()
         raise
@@ -116,18 +124,21 @@ def _listening(sweep_id: str, recorder: Recorder) -> Iterator[None]:
         del _RECORDERS[sweep_id]
 
 
-def _fit(spec: SweepSpec, out: Path, sweep_id: str, train: trial.Train) -> set[str]:
-    """Let Ray run the trials that are not finished; returns the ids of those that failed."""
+def _fit(spec: SweepSpec, out: Path, sweep_id: str, train: trial.Train, *, again: bool) -> set[str] | None:
+    """Let Ray run the trials that are not finished; the ids of those that failed, or None if it was told to stop.
+
+    With ``again``, trials that failed are tried once more.
+    """
     trainable = tune.with_resources(trial.run_trial, {"cpu": spec.resources.cpus, "gpu": spec.resources.gpus})
     state = str(out / "ray")
     if tune.Tuner.can_restore(state):
         log.info("continuing the sweep in %s", out)
-        tuner = tune.Tuner.restore(state, trainable, resume_unfinished=True)
+        tuner = tune.Tuner.restore(state, trainable, resume_unfinished=True, resume_errored=again)
     else:
         plan = trial.plan_of(spec, out / "trials", train)
         tuner = tune.Tuner(
             trainable,
-            param_space={**space.to_ray(spec), trial.PLAN: plan},
+            param_space={trial.PLAN: plan} | search.space_of(spec),
             tune_config=_tune_config(spec),
             run_config=tune.RunConfig(
                 name="ray",
@@ -135,28 +146,23 @@ def _fit(spec: SweepSpec, out: Path, sweep_id: str, train: trial.Train) -> set[s
                 verbose=0,
                 callbacks=[Forwarder(sweep_id)],
                 failure_config=tune.FailureConfig(max_failures=spec.retries),
+                checkpoint_config=tune.CheckpointConfig(num_to_keep=2),
+                stop={"time_total_s": spec.trial_time_limit_s} if spec.trial_time_limit_s else None,
             ),
         )
     results = tuner.fit()
+    if results.num_errors + results.num_terminated < len(results):
+        return None
     return {Path(results[i].path).name for i in range(len(results)) if results[i].error}
 
 
 def _tune_config(spec: SweepSpec) -> tune.TuneConfig:
-    scheduler: Any = FIFOScheduler()
-    if spec.scheduler.name == "asha":
-        # One step beyond the longest training: the last report then returns, and training ends by itself.
-        scheduler = ASHAScheduler(
-            time_attr="step",
-            max_t=space.longest_training(spec) + 1,
-            grace_period=spec.scheduler.grace_steps,
-            reduction_factor=spec.scheduler.reduction_factor,
-        )
     return tune.TuneConfig(
         metric=spec.metric,
         mode=spec.direction,
-        num_samples=spec.trials,
-        search_alg=BasicVariantGenerator(random_state=spec.seed, max_concurrent=spec.concurrency or 0),
-        scheduler=scheduler,
+        num_samples=spec.trials if spec.search == "optuna" else 1,
+        search_alg=search.algorithm_of(spec),
+        scheduler=search.scheduler_of(spec),
         time_budget_s=spec.time_limit_s,
         trial_name_creator=_trial_id,
         trial_dirname_creator=_trial_id,
@@ -173,9 +179,8 @@ def _default_train(spec: SweepSpec) -> trial.Train:
     from deepdisc_ops.data.store import open_dataset
     from deepdisc_ops.training.loop import train
 
-    axis = spec.space.get("data.path")
-    for path in axis.values if axis else (space.trial_config(spec.base, {}).data.path,):
-        open_dataset(Path(path))
+    for path in {config.data.path for config in space.corner_configs(spec)}:
+        open_dataset(path)
     return train
 
 

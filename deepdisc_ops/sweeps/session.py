@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
 from deepdisc_ops.errors import ConfigError
-from deepdisc_ops.ray_session import own_ray, signals_restored
+from deepdisc_ops.ray_session import joined_ray, own_ray, signals_restored
 from deepdisc_ops.sweeps.space import Resources
 
 ENVIRONMENT = {
@@ -24,13 +24,16 @@ ENVIRONMENT = {
 
 
 @contextmanager
-def ray_session(resources: Resources) -> Iterator[None]:
-    """Ray on this machine alone, see `own_ray`; raises `ConfigError` if one trial asks for more than the machine has."""
+def ray_session(resources: Resources, address: str | None = None) -> Iterator[None]:
+    """Ray on this machine alone, see `own_ray`, or the cluster at ``address``.
+
+    Raises `ConfigError` if one trial asks for more than any one node has, `SetupError` if there is no Ray.
+    """
     import ray
 
-    with own_ray(ENVIRONMENT):
+    with own_ray(ENVIRONMENT) if address is None else joined_ray(address, ENVIRONMENT):
         logging.getLogger("ray.tune").setLevel(logging.ERROR)
-        check_room(resources, ray.cluster_resources())
+        check_room(resources, [node["Resources"] for node in ray.nodes() if node["Alive"]])
         yield
 
 
@@ -56,11 +59,12 @@ def interruptible() -> Iterator[list[int]]:
         yield caught
 
 
-def check_room(resources: Resources, available: dict[str, float]) -> None:
-    """Raise ConfigError if one trial asks for more than Ray has in all; it would wait for ever."""
-    for key, wanted, found in (
-        ("cpus", resources.cpus, available.get("CPU", 0.0)),
-        ("gpus", resources.gpus, available.get("GPU", 0.0)),
-    ):
-        if wanted > found:
-            raise ConfigError(f"resources.{key}: a trial asks for {wanted:g}, this machine has {found:g}; lower it")
+def check_room(resources: Resources, nodes: Sequence[Mapping[str, float]]) -> None:
+    """Raise ConfigError if one trial asks for more than the largest of the ``nodes`` has; it would wait for ever."""
+    if any(resources.cpus <= node.get("CPU", 0.0) and resources.gpus <= node.get("GPU", 0.0) for node in nodes):
+        return
+    found = " and ".join(sorted({f"{node.get('CPU', 0.0):g} CPUs with {node.get('GPU', 0.0):g} GPUs" for node in nodes})) or "none"
+    raise ConfigError(
+        f"resources: a trial asks for {resources.cpus:g} CPUs and {resources.gpus:g} GPUs on one node, the nodes have {found}; "
+        "lower resources.cpus or resources.gpus"
+    )

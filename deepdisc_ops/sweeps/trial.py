@@ -2,7 +2,11 @@
 
 A trial folder holds config.yaml, drawn.json, metrics.jsonl (one `Measurement` per report), loss.png, best/, last/ and, after a
 failure, error.txt. It is the trial's whole state: whoever starts the trial again, on this or another machine that sees the folder,
-continues it; and the driver writes the records in MLflow from it alone, now or after a crash.
+continues it; and the driver writes the records in MLflow from it alone, now or after a crash. A trial with a journal and no last/
+has ended before.
+
+Ray keeps checkpoints in population based training alone, where a trial goes on from another's: a copy of last/ and best/, and
+whose they were.
 """
 
 from __future__ import annotations
@@ -11,8 +15,11 @@ import importlib
 import json
 import math
 import os
+import shutil
+import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,16 +29,20 @@ import yaml
 from deepdisc_ops import config as settings
 from deepdisc_ops.config import TrainingConfig
 from deepdisc_ops.errors import ConfigError
-from deepdisc_ops.sweeps.space import SweepSpec, trial_config
+from deepdisc_ops.sweeps.space import TUNABLE, SweepSpec, trial_config
 from deepdisc_ops.tracking import Measurement
 
 Report = Callable[[int, Mapping[str, float]], None]
 Train = Callable[..., object]
-PLAN = "plan"
-"""The key of a Ray trial's config that holds the sweep's constants; all others are drawn values."""
+VALUES, PLAN = "values", "plan"
+"""The two keys of a Ray trial's config: what was drawn, by dotted key, and the constants of the sweep."""
 WORST = 1e30
 """What the scheduler is told of a metric that is no number: it must rank last, and schedulers cannot rank NaN or infinity."""
-JOURNAL, CONFIG, DRAWN, FAULT = "metrics.jsonl", "config.yaml", "drawn.json", "error.txt"
+SECONDS = "train_seconds"
+"""The metric that says how long a trial has trained, over all its attempts."""
+DIED = "its process died without a word; memory is the usual reason"
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+JOURNAL, CONFIG, DRAWN, FAULT, ORIGIN = "metrics.jsonl", "config.yaml", "drawn.json", "error.txt", "origin.json"
 
 
 @dataclass(frozen=True)
@@ -88,23 +99,27 @@ def plan_of(spec: SweepSpec, trials: Path, train: Train) -> dict[str, Any]:
         "worst": WORST if spec.direction == "min" else -WORST,
         "trials": str(trials.absolute()),
         "train": f"{train.__module__}:{train.__qualname__}",
-        "threads": max(1, int(spec.resources.cpus)),
+        "cpus": spec.resources.cpus,
+        "population": spec.scheduler.name == "pbt",
         "cwd": str(Path.cwd()),
     }
 
 
 def planned_config(ray_config: Mapping[str, Any]) -> TrainingConfig:
-    """The training config of a Ray trial: absolute paths, threads as many as the trial's CPUs."""
+    """The training config of a Ray trial: absolute paths, the trial's CPUs divided among its ranks as threads."""
     plan = ray_config[PLAN]
-    config = trial_config(plan["base"], drawn_values(ray_config))
-    data = config.data.model_copy(update={"path": Path(plan["cwd"]) / config.data.path})
-    train = config.train.model_copy(update={"threads": config.train.threads or plan["threads"]})
-    return config.model_copy(update={"data": data, "train": train})
-
-
-def drawn_values(ray_config: Mapping[str, Any]) -> dict[str, Any]:
-    """The values drawn from the space, by dotted key."""
-    return {key: value for key, value in ray_config.items() if key != PLAN}
+    config = trial_config(plan["base"], ray_config[VALUES])
+    here = Path(plan["cwd"])
+    weights = config.model.backbone_weights
+    return config.model_copy(
+        update={
+            "data": config.data.model_copy(update={"path": here / config.data.path}),
+            "model": config.model.model_copy(update={"backbone_weights": weights and here / weights}),
+            "train": config.train.model_copy(
+                update={"threads": config.train.threads or max(1, int(plan["cpus"] // config.train.ranks))}
+            ),
+        }
+    )
 
 
 def prepare(folder: Path, ray_config: Mapping[str, Any]) -> None:
@@ -112,7 +127,7 @@ def prepare(folder: Path, ray_config: Mapping[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / FAULT).unlink(missing_ok=True)
     write_atomically(folder / CONFIG, yaml.safe_dump(planned_config(ray_config).model_dump(mode="json"), sort_keys=False))
-    write_atomically(folder / DRAWN, json.dumps(drawn_values(ray_config)))
+    write_atomically(folder / DRAWN, json.dumps(ray_config[VALUES]))
 
 
 def read_prepared(folder: Path) -> tuple[TrainingConfig, dict[str, Any]]:
@@ -123,25 +138,80 @@ def read_prepared(folder: Path) -> tuple[TrainingConfig, dict[str, Any]]:
 def read_fault(folder: Path) -> str:
     """Why the trial in ``folder`` failed, in one line."""
     path = folder / FAULT
-    return path.read_text() if path.exists() else "its process died without a word; memory is the usual reason"
+    return path.read_text() if path.exists() else DIED
+
+
+def size_of(checkpoint: Path) -> dict[str, float]:
+    """The number of a member's weights, as the metric ``parameters``; nothing where there are none."""
+    from safetensors import safe_open
+
+    from deepdisc_ops.model.weights import WEIGHTS
+
+    if not (checkpoint / WEIGHTS).exists():
+        return {}
+    with safe_open(checkpoint / WEIGHTS, framework="numpy") as tensors:  # no mapping: it has no items
+        shapes = [tensors.get_slice(key).get_shape() for key in tensors.keys() if not key.endswith(_STATISTICS)]  # noqa: SIM118
+    return {"parameters": float(sum(math.prod(shape) for shape in shapes))}
 
 
 def run_trial(ray_config: Mapping[str, Any]) -> None:
     """Train one member inside a Ray worker, reporting each validation to the trial's journal and to Ray."""
     from ray import tune
 
-    plan = ray_config[PLAN]
-    folder = Path(plan["trials"]) / tune.get_context().get_trial_id()
+    folder = Path(ray_config[PLAN]["trials"]) / tune.get_context().get_trial_id()
     folder.mkdir(parents=True, exist_ok=True)
-
-    def tell(metrics: dict[str, float]) -> None:
-        tune.report(rankable(metrics, plan["metric"], plan["worst"]))
-
     try:
-        train_in_folder(planned_config(ray_config), folder, _load(plan["train"]), tell)
+        _train_trial(ray_config, folder)
     except Exception as error:
         write_atomically(folder / FAULT, f"{type(error).__name__}: {' '.join(str(error).split())}")
         raise
+
+
+def _train_trial(ray_config: Mapping[str, Any], folder: Path) -> None:
+    from ray import tune
+
+    from deepdisc_ops.sweeps.system import SystemSampler
+
+    plan, config = ray_config[PLAN], planned_config(ray_config)
+
+    def tell(metrics: dict[str, float]) -> None:
+        shown = rankable(metrics, plan["metric"], plan["worst"])
+        if plan["population"]:
+            with _snapshot(folder, folder.name) as copy:
+                tune.report(shown, checkpoint=tune.Checkpoint.from_directory(str(copy)))
+        else:
+            tune.report(shown)
+
+    if plan["population"] and (given := tune.get_checkpoint()) is not None:
+        with given.as_directory() as copy:
+            _inherit(Path(copy), folder, folder.name, config)
+    with SystemSampler(folder) as system:
+        train_in_folder(config, folder, _load(plan["train"]), tell, system.read)
+
+
+@contextmanager
+def _snapshot(folder: Path, name: str) -> Iterator[Path]:
+    """A copy of the trial for others to go on from, which Ray stores while the block lasts."""
+    with tempfile.TemporaryDirectory(prefix="population-", dir=folder) as made:
+        copy = Path(made)
+        for part in ("last", "best"):
+            if (folder / part).exists():
+                shutil.copytree(folder / part, copy / part)
+        (copy / ORIGIN).write_text(json.dumps({"trial": name}))
+        yield copy
+
+
+def _inherit(copy: Path, folder: Path, name: str, config: TrainingConfig) -> None:
+    """Take over state and best checkpoint of another trial; a copy of one's own says nothing new."""
+    from deepdisc_ops.training.checkpoint import adopt_state
+
+    if json.loads((copy / ORIGIN).read_text())["trial"] == name:
+        return
+    for part in ("last", "best"):
+        shutil.rmtree(folder / part, ignore_errors=True)
+        if (copy / part).exists():
+            shutil.copytree(copy / part, folder / part)
+    adopt_state(folder / "last", config, TUNABLE)
 
 
 def rankable(metrics: Mapping[str, float], metric: str, worst: float) -> dict[str, float]:
@@ -149,26 +219,36 @@ def rankable(metrics: Mapping[str, float], metric: str, worst: float) -> dict[st
     return {**metrics, metric: metrics[metric] if math.isfinite(metrics[metric]) else worst}
 
 
-def train_in_folder(config: TrainingConfig, folder: Path, train: Train, tell: Callable[[dict[str, float]], None]) -> None:
+def train_in_folder(
+    config: TrainingConfig,
+    folder: Path,
+    train: Train,
+    tell: Callable[[dict[str, float]], None],
+    measure: Callable[[], Mapping[str, float]] = dict,
+) -> None:
     """Train in ``folder``, continuing what lies there, and pass every report on to ``tell`` (Ray's scheduler).
 
-    A crash between a checkpoint and its report would leave a gap in the journal: the checkpoint's own history closes it.
-    Training that was already complete still tells its last metrics once, as the scheduler knows a trial by its reports only.
+    ``measure`` gives metrics that are added to each report. A crash between a checkpoint and its report would leave a gap in
+    the journal: the checkpoint's own history closes it. Training that was complete, or ended before, still tells its last
+    metrics once, as the scheduler knows a trial by its reports only.
     """
-    from deepdisc_ops.training.checkpoint import read_history
+    from deepdisc_ops.training.checkpoint import STATE, read_history
 
     journal = Journal(folder)
     for entry in read_history(folder / "last"):
         journal.append(int(entry["step"]), {key: value for key, value in entry.items() if key != "step"})
-    told = False
+    told, began = False, time.monotonic()
+    before = journal.last.metrics.get(SECONDS, 0.0) if journal.last else 0.0
 
     def report(step: int, metrics: Mapping[str, float]) -> None:
         nonlocal told
-        journal.append(step, metrics)
+        everything = {**metrics, **measure(), SECONDS: before + time.monotonic() - began}
+        journal.append(step, everything)
         told = True
-        tell({**metrics, "step": step})
+        tell({**everything, "step": step})
 
-    train(config, folder, report=report)
+    if journal.last is None or (folder / "last" / STATE).exists():
+        train(config, folder, report=report)
     if not told and journal.last is not None:
         tell({**journal.last.metrics, "step": journal.last.step})
 

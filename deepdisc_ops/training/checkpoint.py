@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -91,6 +91,18 @@ def load_state(folder: Path, config: Settings, **parts: Any) -> TrainingState:
     return TrainingState(**{entry.name: tree[entry.name] for entry in fields(TrainingState)})
 
 
+def adopt_state(folder: Path, config: Settings, changeable: Collection[str]) -> None:
+    """Let the run in ``folder`` go on under ``config``, which may differ in the ``changeable`` keys alone."""
+    tree = _read(folder / STATE)
+    if tree is None:
+        return
+    mine = _identity(config)
+    fixed = [key for key, value in mine.items() if tree["config"].get(key) != value and not _covers(changeable, key)]
+    if fixed:
+        raise CheckpointError(f"{folder / STATE} cannot go on with another {', '.join(fixed)}; train into a new folder")
+    write_atomically(folder / STATE, lambda path: torch.save(tree | {"config": mine}, path))
+
+
 def read_history(folder: Path) -> list[dict[str, float]]:
     """The curves in ``folder``/state.pt so far; none where there is no such file."""
     tree = _read(folder / STATE)
@@ -109,6 +121,10 @@ def _read(path: Path, *parts: str) -> dict[str, Any] | None:
     if missing:
         raise CheckpointError(f"{path} lacks {', '.join(sorted(missing))}; delete {path.parent} to start the run anew")
     return tree
+
+
+def _covers(keys: Collection[str], key: str) -> bool:
+    return any(key == each or key.startswith(f"{each}.") for each in keys)
 
 
 _FREE = {

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -60,6 +61,12 @@ def train_rank(world: World, report: Report | None, config: TrainingConfig, out:
     train(config, out, report=report, world=world)
 
 
+def fair_threads(world: World) -> int:
+    """CPUs of this process over the ranks that have the very same: srun binds each to its own, torchrun and we do not."""
+    mine = (socket.gethostname(), sorted(os.sched_getaffinity(0)))
+    return max(1, len(mine[1]) // world.gather(mine).count(mine))
+
+
 def planned_steps(config: TrainingConfig) -> int:
     """Optimisation steps of a run, ``train.epochs`` counted in images of its data set."""
     return _steps(
@@ -76,7 +83,7 @@ def _run(world: World, device: torch.device, report: Report | None, config: Trai
     config = complete(config, dataset, records)
     settings = config.train
     if settings.threads or world.ranks > 1:
-        torch.set_num_threads(settings.threads or max(1, len(os.sched_getaffinity(0)) // world.ranks))
+        torch.set_num_threads(settings.threads or fair_threads(world))
 
     torch.manual_seed(config.seed)
     network = DeepDisc(config.model, config.inference)
@@ -90,6 +97,7 @@ def _run(world: World, device: torch.device, report: Report | None, config: Trai
         recover(out / "best")
     world.barrier()
     state = load_state(out / "last", config, **learner.parts())
+    learner.renew_settings()
     if not world.gather((out / "best").exists())[0]:
         state.best = math.inf
 

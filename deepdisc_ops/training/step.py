@@ -22,7 +22,7 @@ from deepdisc_ops.training.averaging import AveragedWeights
 from deepdisc_ops.training.distributed import World
 from deepdisc_ops.training.normalisers import TermCounts, over_ranks
 from deepdisc_ops.training.sampling import item_seed, sampled_by_image
-from deepdisc_ops.training.schedule import build_optimizer, build_schedule
+from deepdisc_ops.training.schedule import build_optimizer, build_schedule, learning_rate_factor
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -75,6 +75,16 @@ class Optimisation:
         """Everything with a state that a resumed run needs."""
         parts = {"network": self.network, "optimizer": self.optimizer, "schedule": self.schedule, "scaler": self.scaler}
         return parts | ({"averaged": self.averaged} if self.averaged else {})
+
+    def renew_settings(self) -> None:
+        """Let the config's own rates count where a loaded state brought those of the run it comes from."""
+        settings, factor = self._settings, learning_rate_factor(self.schedule.last_epoch, self._settings)
+        for group in self.optimizer.param_groups:
+            group |= {"initial_lr": settings.lr, "lr": settings.lr * factor, "weight_decay": settings.weight_decay}
+            if "momentum" in group:
+                group["momentum"] = settings.momentum
+        self.schedule.base_lrs = [settings.lr] * len(self.optimizer.param_groups)
+        self.schedule._last_lr = [settings.lr * factor] * len(self.optimizer.param_groups)
 
     def step(self, parts: Sequence[Part]) -> float:
         """Train on one batch, all parts of it on this rank; gives the loss of the whole batch over all ranks.

@@ -94,6 +94,22 @@ def test_objects_larger_than_the_overlap_are_whole_and_single() -> None:
     np.testing.assert_array_equal(found[order[0]], boxes[order[1]])
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_pieces_of_a_neighbour_are_not_taken_for_pieces_of_the_object(order: int) -> None:
+    """Two objects larger than the overlap, cut by the same edge; a piece of one overlaps the other."""
+    wcs = WCS(naxis=2)
+    wcs.wcs.ctype, wcs.wcs.crval, wcs.wcs.crpix = ["RA---TAN", "DEC--TAN"], [10.0, 20.0], ORIGIN
+    wcs.wcs.cdelt = [-5e-5, 5e-5]
+    pixels = MemoryPixels(np.zeros((600, 1000), np.float32))
+    mosaic = Mosaic([Plane("g", Path("memory"), 0, 0, pixels.shape, wcs, 1.0, pixels)], 0.18)
+    truth = np.array([[300, 380, 400, 560], [348, 380, 448, 530]][::order], np.float32)
+    whole = predict_mosaic(mosaic, boxes_on_the_sky(truth), ebv_source("0"), window=1024, overlap=64)
+    table = predict_mosaic(mosaic, boxes_on_the_sky(truth), ebv_source("0"), window=512, overlap=64)
+    assert len(whole) == 2
+    for name in ("x0", "y0", "x1", "y1", "flags"):
+        np.testing.assert_array_equal(table[name], whole[name])
+
+
 def test_without_a_valid_pixel_there_is_no_catalogue(scene: Path, tiny_ensemble: Path, spaced: Path) -> None:
     with fits.open(scene) as file:
         file["G"].data[:] = np.nan

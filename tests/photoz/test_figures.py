@@ -129,3 +129,45 @@ def test_a_history_without_metrics_is_an_empty_figure(spaced: Path) -> None:
 def test_pyplot_is_left_alone() -> None:
     program = "import sys, deepdisc_ops.photoz.figures as f; f.pit_figure([0.5]); sys.exit('matplotlib.pyplot' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def scaling_series(value: list[float], *, size: tuple[float, ...] = (0.2, 1.0), whole: bool = True) -> figures.ScalingSeries:
+    """Trials of both sizes in turn, the first of each the best."""
+    n = len(value)
+    metrics = {"val_nll": np.array(value), "val_sigma_iqr": np.full(n, np.nan)}
+    errors = {name: np.full(n, 0.1) for name in metrics}
+    return figures.ScalingSeries(np.resize(size, n), metrics, errors, np.arange(n) < 2, np.full(n, whole))
+
+
+def test_scaling_lines_join_the_best_of_each_size(spaced: Path) -> None:
+    series = {"tiny": scaling_series([2.0, 1.0, 2.1, 50.0]), "small": scaling_series([1.5, 0.5], whole=False)}
+    figure = figures.scaling_curves(series, ["val_nll", "val_sigma_iqr"], size="share", title="how")
+    assert png(figure, spaced).std() > 5
+    assert {"tiny", "small", "stopped early", "other trials of that size"} <= {t.get_text() for t in figure.legends[0].get_texts()}
+    axes, empty = figure.axes
+    lines = [line for line in axes.lines if line.get_linestyle() != "None" and len(line.get_xdata()) == 2]
+    assert [list(line.get_ydata()) for line in lines] == [[2.0, 1.0], [1.5, 0.5]]
+    low, high = axes.get_ylim()
+    assert low < 0.4 < 2.1 < high < 50
+    arrows = [line for line in axes.lines if line.get_marker() == "^" and len(line.get_xdata())]
+    assert len(arrows) == 1
+    assert low < arrows[0].get_ydata()[0] < high
+    assert not any(np.isfinite(np.asarray(line.get_ydata(), float)).any() for line in empty.lines)
+
+
+def test_scaling_figures_can_be_vector_graphics(spaced: Path) -> None:
+    figures.write_figure(figures.scaling_curves({"a": scaling_series([1.0, 2.0])}, ["val_nll"], size="images"), spaced / "f.svg")
+    assert "<svg" in (spaced / "f.svg").read_text()[:600]
+
+
+def test_one_size_is_no_scaling() -> None:
+    with pytest.raises(InputError, match="trials of 1 different sizes"):
+        figures.scaling_curves({"a": scaling_series([1.0, 2.0], size=(1.0, 1.0))}, ["val_nll"], size="images")
+    with pytest.raises(InputError, match="trials of 0 different sizes"):
+        figures.scaling_curves({}, ["val_nll"], size="images")
+
+
+def test_labels_of_close_sizes_do_not_run_into_each_other() -> None:
+    series = {"a": scaling_series([1.0, 2.0, 3.0], size=(1.0, 1.01, 40.0))}
+    (axes,) = figures.scaling_curves(series, ["val_nll"], size="parameters").axes
+    np.testing.assert_allclose(axes.get_xticks(), [1.0, 40.0])

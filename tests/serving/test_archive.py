@@ -71,6 +71,11 @@ def test_the_same_checkpoints_make_the_same_bytes(checkpoints: list[Path], mar: 
     assert [path.name for path in spaced.iterdir()] == ["two.mar"]
 
 
+def test_weights_of_a_selection_are_those_of_the_ensemble(checkpoints: list[Path], spaced: Path) -> None:
+    mar = archive.build_archive(checkpoints, spaced / "weighted.mar", weights=(3.0, 1.0))
+    assert [member["weight"] for member in archive.inspect_archive(mar)["members"]] == pytest.approx([0.75, 0.25])
+
+
 def test_relative_paths_are_taken_from_here(checkpoints: list[Path], spaced: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(spaced)
     archive.build_archive(checkpoints, Path("e.mar"))

@@ -11,10 +11,12 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import torch
 import yaml
 
 from deepdisc_ops.config import TrainingConfig
 from deepdisc_ops.training.checkpoint import TrainingState, load_state, save_state
+from deepdisc_ops.training.distributed import World, spawn
 
 Report = Callable[[int, Mapping[str, float]], None]
 
@@ -51,3 +53,17 @@ def checkpoint(config: TrainingConfig, out: Path, step: int, metrics: Mapping[st
     state.step = step
     state.history.append({"step": float(step), **metrics})
     save_state(out / "last", state, config)
+
+
+def train_on_two_ranks(config: TrainingConfig, out: Path, *, report: Report) -> Path:
+    """The same, in the first of two processes that the trial starts, as the real loop starts its ranks."""
+    spawn(train_rank, (config, out), 2, report)
+    return out / "best"
+
+
+def train_rank(world: World, report: Report | None, config: TrainingConfig, out: Path) -> None:
+    """The first rank trains and reports; the second waits for it, as for a gradient."""
+    with world.joined(torch.device("cpu")):
+        if report is not None:
+            train(config, out, report=report)
+        world.barrier()

@@ -9,9 +9,9 @@ import pytest
 
 from deepdisc_ops.errors import TrainingError
 from deepdisc_ops.sweeps import trial
-from deepdisc_ops.sweeps.record import Recorder, TrialProgress
-from deepdisc_ops.sweeps.space import SweepSpec, parse_spec
-from deepdisc_ops.tracking import Tracker
+from deepdisc_ops.sweeps.record import DROPPED_TAG, Recorder, TrialProgress
+from deepdisc_ops.sweeps.space import Keep, SweepSpec, parse_spec
+from deepdisc_ops.tracking import CHECKPOINT_FOLDER, Tracker
 
 
 class AwayTracker(Tracker):
@@ -32,7 +32,7 @@ def spec() -> SweepSpec:
 
 def train(spec: SweepSpec, recorder: Recorder, out: Path, trial_id: str, rate: float, steps: int = 50) -> None:
     """What Ray does with one trial, in this process; it stops the trial after ``steps``."""
-    ray_config = {"train.lr": rate, trial.PLAN: trial.plan_of(spec, out / "trials", learning_curves.train)}
+    ray_config = {trial.VALUES: {"train.lr": rate}, trial.PLAN: trial.plan_of(spec, out / "trials", learning_curves.train)}
     recorder.started(trial_id, ray_config)
 
     def tell(metrics: dict[str, float]) -> None:
@@ -105,7 +105,46 @@ def test_an_interrupted_sweep_is_killed_and_opened_again(store_uri: str, spec: S
 
     again = Recorder(Tracker(store_uri, "records"), spec, "sweep-3", spaced, None)
     train(spec, again, spaced, "s_00000", 0.5)
+    again.catch_up()
     assert tracker.record(child.run_id).status == "RUNNING"
     result = again.close()
     assert [one.run_id for one in result.trials] == [child.run_id]
     assert [step for step, _ in tracker.history(child.run_id, "val_nll")] == [10, 20, 30, 40, 50]
+
+
+def test_of_ended_trials_the_best_checkpoints_alone_are_kept(store_uri: str, spec: SweepSpec, spaced: Path) -> None:
+    spec = spec.model_copy(update={"keep": Keep(members=2)})
+    tracker = Tracker(store_uri, "records")
+    recorder = Recorder(tracker, spec, "sweep-keep", spaced, None)
+    for number, rate in enumerate([0.3, 0.1, 0.4, 0.2]):
+        train(spec, recorder, spaced, f"s_{number}", rate)
+        recorder.ended(f"s_{number}", failed=False)
+    result = recorder.close()
+    assert [(one.folder / "best").exists() for one in result.trials] == [False, True, False, True]
+    assert [(one.folder / "last").exists() for one in result.trials] == [False] * 4
+    assert result.best.trial_id == "s_1"
+    assert [CHECKPOINT_FOLDER in tracker.artifacts(one.run_id) for one in result.trials] == [False, True, False, True]
+    assert [tracker.record(one.run_id).tags.get(DROPPED_TAG) for one in result.trials] == ["true", None, "true", None]
+
+
+def test_a_trial_that_a_population_changed_keeps_its_first_settings(store_uri: str, spec: SweepSpec, spaced: Path) -> None:
+    tracker = Tracker(store_uri, "records")
+    recorder = Recorder(tracker, spec, "sweep-population", spaced, None)
+    train(spec, recorder, spaced, "s_0", 0.5, steps=20)
+    plan = trial.plan_of(spec, spaced / "trials", learning_curves.train)
+    recorder.started("s_0", {trial.VALUES: {"train.lr": 0.25}, trial.PLAN: plan})
+    recorder.catch_up()
+    (child,) = tracker.children(recorder.parent)
+    assert (child.params["train.lr"], child.tags["drawn"]) == ("0.5", '{"train.lr": 0.25}')
+
+
+def test_a_trial_that_died_without_a_word_is_worth_another_try(store_uri: str, spec: SweepSpec, spaced: Path) -> None:
+    for name, fault in (("own", "ValueError: bad"), ("died", None)):
+        (spaced / name).mkdir()
+        recorder = Recorder(Tracker(store_uri, "records"), spec, f"sweep-{name}", spaced / name, None)
+        train(spec, recorder, spaced / name, "s_0", 0.5, steps=10)
+        if fault:
+            (spaced / name / "trials" / "s_0" / "error.txt").write_text(fault)
+        recorder.ended("s_0", failed=True)
+        recorder.catch_up()
+        assert recorder.lost() is (fault is None)

@@ -1,16 +1,19 @@
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from deepdisc_ops.config import TrainingConfig
 from deepdisc_ops.errors import CheckpointError, ConfigError, TrainingError
 from deepdisc_ops.sweeps import select
-from deepdisc_ops.tracking import CHECKPOINT_FOLDER, KIND_TAG, SWEEP_NAME_TAG, SWEEP_TAG, TRIAL_TAG, Tracker
+from deepdisc_ops.tracking import CHECKPOINT_FOLDER, KIND_TAG, SWEEP_NAME_TAG, SWEEP_TAG, TRIAL_TAG, RunRecord, Tracker
 
 TRIALS = [
     # name, backbone, val_nll, completeness, status
@@ -71,11 +74,81 @@ def test_too_few_are_an_error_with_the_number_found(store: tuple[str, str, Path]
         chosen(store, 4, min_completeness=0.9)
 
 
+def test_the_error_says_how_many_were_lost_to_what(store: tuple[str, str, Path]) -> None:
+    lost = (
+        r"2 of 6 trials .* \(1 failed or not at their end; 1 without a finite val_nll; "
+        r"1 with a completeness below 0.9; 1 beyond 1 of a backbone\)"
+    )
+    with pytest.raises(TrainingError, match=lost):
+        chosen(store, 3, min_completeness=0.9, max_per_backbone=1)
+
+
+def run_of(name: str, nll: float, backbone: str, fold: int | None, **params: str) -> RunRecord:
+    own = {"data.partition": str(fold), **params}
+    return RunRecord(name, name, "FINISHED", {"best_val_nll": nll, "best_val_completeness": 1.0}, own, {"backbone": backbone})
+
+
+def test_conditions_combine_without_barring_better_company() -> None:
+    """The best trial's fold and backbone would leave no place for the third: the best set is without it."""
+    ranked = [run_of("best", 0.1, "a", 0), run_of("b0", 0.2, "b", 0), run_of("a1", 0.3, "a", 1), run_of("c0", 0.9, "c", 0)]
+    names = lambda k, **limits: [run.run_id for run in select.best_set(ranked, k, select.Conditions(**limits))]  # noqa: E731
+    assert names(3) == ["best", "b0", "a1"]
+    assert names(2, max_per_backbone=1) == ["best", "b0"]
+    assert names(2, one_per_fold=True) == ["best", "a1"]
+    assert names(2, max_per_backbone=1, one_per_fold=True) == ["b0", "a1"]
+    assert names(3, max_per_backbone=1, one_per_fold=True) == ["b0", "a1"]
+    assert names(1, max_per_backbone=1, one_per_fold=True) == ["best"]
+
+
+@given(st.lists(st.tuples(st.integers(0, 50), st.sampled_from("abc"), st.integers(0, 3)), max_size=7), st.integers(1, 4))
+def test_the_best_set_is_the_best_of_all_that_go_together(trials: list[tuple[int, str, int]], k: int) -> None:
+    runs = [run_of(str(i), value / 10, backbone, fold) for i, (value, backbone, fold) in enumerate(sorted(trials))]
+    limits = select.Conditions(max_per_backbone=1, one_per_fold=True)
+    found = select.best_set(runs, k, limits)
+    allowed = [s for size in range(k + 1) for s in itertools.combinations(runs, size) if limits.go_together(s)]
+    best = min(allowed, key=lambda s: (-len(s), sum(run.metrics["best_val_nll"] for run in s)))
+    assert limits.go_together(found)
+    assert len(found) == len(best)
+    assert sum(run.metrics["best_val_nll"] for run in found) == pytest.approx(sum(run.metrics["best_val_nll"] for run in best))
+
+
+def test_only_trials_that_can_share_an_ensemble_are_taken(store_uri: str, spaced: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tracker = Tracker(store_uri)
+    parent = tracker.find_or_create("mixed", (SWEEP_TAG, "mixed-1"), tags={KIND_TAG: "sweep", SWEEP_NAME_TAG: "mixed"})
+    for name, nll, bands, fold in [
+        ("best", 0.1, "gri", 0),
+        ("four", 0.2, "griz", 1),
+        ("same", 0.3, "gri", 0),
+        ("bare", 0.4, "gri", 1),
+    ]:
+        run = tracker.find_or_create(name, (TRIAL_TAG, f"mixed_{name}"), parent=parent, tags={"backbone": "tiny"})
+        tracker.log_params(run, {"model.bands": bands, "data.partition": str(fold)})
+        tracker.log_summary(run, 5, {"best_val_nll": nll})
+        if name != "bare":
+            checkpoint = spaced / name
+            checkpoint.mkdir()
+            (checkpoint / "member.yaml").write_text(yaml.safe_dump({"config": {}, "metrics": {"val_nll": nll}}))
+            tracker.log_artifact(run, checkpoint, CHECKPOINT_FOLDER)
+        tracker.end(run)
+    members = select.select_members(store_uri, "mixed", 2, into=spaced)
+    assert [member.metrics["val_nll"] for member in members] == [0.1, 0.3]
+    assert "left out: 1 with another model.bands than that of the best, best: gri" in caplog.text
+    lost = r"1 of 4 trials .* \(1 without a checkpoint; 1 with another model.bands .*; 1 of a fold that is taken\)"
+    with pytest.raises(TrainingError, match=lost):
+        select.select_members(store_uri, "mixed", 2, into=spaced, one_per_fold=True)
+
+
+def test_a_store_that_is_not_there_is_not_made(spaced: Path) -> None:
+    with pytest.raises(ConfigError, match=r"mlflow.db"):
+        select.select_members(f"sqlite:///{spaced / 'mlflow.db'}", "quick", 1, into=spaced)
+    assert not list(spaced.iterdir())
+
+
 def test_a_sweep_is_named_or_given_by_its_run(store: tuple[str, str, Path]) -> None:
     uri, parent, folder = store
     by_id = select.select_members(uri, parent, 2, into=folder)
     assert by_id == select.select_members(uri, "quick", 2, into=folder)
-    with pytest.raises(ConfigError, match="no sweep 'slow' in .*; it holds: quick"):
+    with pytest.raises(ConfigError, match="no sweep 'slow' in .*; it holds: .*quick"):
         select.select_members(uri, "slow", 2, into=folder)
 
 

@@ -10,12 +10,13 @@ from deepdisc_ops.sweeps.session import check_room, interruptible
 from deepdisc_ops.sweeps.space import Resources
 
 
-def test_a_trial_larger_than_the_machine_is_refused() -> None:
-    check_room(Resources(cpus=2, gpus=0.5), {"CPU": 2.0, "GPU": 1.0})
-    with pytest.raises(ConfigError, match="resources.gpus: a trial asks for 2, this machine has 0; lower it"):
-        check_room(Resources(gpus=2), {"CPU": 2.0})
-    with pytest.raises(ConfigError, match="resources.cpus"):
-        check_room(Resources(cpus=4), {"CPU": 2.0})
+def test_a_trial_larger_than_every_node_is_refused() -> None:
+    nodes = [{"CPU": 2.0, "GPU": 1.0}, {"CPU": 4.0}]
+    check_room(Resources(cpus=2, gpus=0.5), nodes)
+    check_room(Resources(cpus=4), nodes)
+    for wanted in (Resources(cpus=3, gpus=1), Resources(cpus=5), Resources(cpus=1, gpus=2)):
+        with pytest.raises(ConfigError, match="the nodes have 2 CPUs with 1 GPUs and 4 CPUs with 0 GPUs; lower resources.cpus"):
+            check_room(wanted, nodes)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 
 import learning_curves
 import pytest
 
 from deepdisc_ops.config import TrainingConfig, TrainSettings
+from deepdisc_ops.errors import CheckpointError
 from deepdisc_ops.sweeps import trial
 from deepdisc_ops.sweeps.space import Resources, SweepSpec
 
@@ -63,7 +65,7 @@ def test_the_folder_of_a_trial_says_what_it_trains(spaced: Path, monkeypatch: py
     spec = SweepSpec(name="s", base=base, resources=Resources(cpus=2.5))
     plan = trial.plan_of(spec, spaced, learning_curves.train)
     assert plan["train"] == "learning_curves:train"
-    trial.prepare(spaced / "t_1", {"train.lr": 0.25, trial.PLAN: plan})
+    trial.prepare(spaced / "t_1", {trial.VALUES: {"train.lr": 0.25}, trial.PLAN: plan})
     found, drawn = trial.read_prepared(spaced / "t_1")
     assert drawn == {"train.lr": 0.25}
     assert (found.train.lr, found.train.steps, found.train.threads) == (0.25, 30, 2)
@@ -75,3 +77,60 @@ def test_the_folder_of_a_trial_says_what_it_trains(spaced: Path, monkeypatch: py
 @pytest.mark.parametrize(("value", "told"), [(0.5, 0.5), (math.inf, 1e30), (-math.inf, 1e30), (math.nan, 1e30)])
 def test_a_metric_that_is_no_number_ranks_last(value: float, told: float) -> None:
     assert trial.rankable({"val_nll": value, "lr": math.nan}, "val_nll", 1e30)["val_nll"] == told
+
+
+def test_ranks_share_the_cpus_of_their_trial(spaced: Path) -> None:
+    base = {"train": {"ranks": 2}, "model": {"backbone_weights": "start.pth"}}
+    plan = trial.plan_of(SweepSpec(name="s", base=base, resources=Resources(cpus=6)), spaced, learning_curves.train)
+    found = trial.planned_config({trial.VALUES: {}, trial.PLAN: plan})
+    assert found.train.threads == 3
+    assert found.model.backbone_weights == Path.cwd() / "start.pth"
+
+
+def test_a_trial_whose_state_was_cleared_has_ended(spaced: Path) -> None:
+    trial.train_in_folder(config(30), spaced, learning_curves.train, lambda _: None)
+    shutil.rmtree(spaced / "last")
+    told: list[float] = []
+    trial.train_in_folder(config(), spaced, learning_curves.train, lambda metrics: told.append(metrics["step"]))
+    assert told == [30]
+    assert journal_steps(spaced) == [10, 20, 30]
+
+
+def test_measurements_of_the_machine_are_in_the_journal(spaced: Path) -> None:
+    trial.train_in_folder(config(20), spaced, learning_curves.train, lambda _: None, lambda: {"system/cpu": 50.0})
+    assert [row.metrics["system/cpu"] for row in trial.read_journal(spaced)] == [50.0, 50.0]
+
+
+def test_a_state_of_another_kind_of_run_is_not_taken_over(spaced: Path) -> None:
+    donor, heir = spaced / "donor", spaced / "heir"
+    trial.train_in_folder(config(40), donor, learning_curves.train, lambda _: None)
+    with trial._snapshot(donor, "donor") as copy, pytest.raises(CheckpointError, match=r"cannot go on with another train\.steps"):
+        trial._inherit(copy, heir, "heir", config(50))
+
+
+def test_a_trial_s_own_snapshot_changes_nothing(spaced: Path) -> None:
+    trial.train_in_folder(config(40), spaced, learning_curves.train, lambda _: None)
+    before = (spaced / "last" / "state.pt").stat().st_ino
+    with trial._snapshot(spaced, "me") as copy:
+        trial._inherit(copy, spaced, "me", config(40))
+    assert (spaced / "last" / "state.pt").stat().st_ino == before
+
+
+def test_a_population_shares_states_under_changed_rates(spaced: Path) -> None:
+    donor, heir = spaced / "donor", spaced / "heir"
+
+    def until_30(metrics: dict[str, float]) -> None:
+        if metrics["step"] == 30:
+            raise Stop
+
+    for folder in (donor, heir):
+        with pytest.raises(Stop):
+            trial.train_in_folder(config(), folder, learning_curves.train, until_30)
+    changed = TrainingConfig(train=TrainSettings(steps=50, weight_decay=0, lr=0.5))
+    with trial._snapshot(donor, "donor") as copy:
+        trial._inherit(copy, heir, "heir", changed)
+    assert not list(donor.glob("population-*"))
+    told: list[tuple[float, float]] = []
+    trial.train_in_folder(changed, heir, learning_curves.train, lambda metrics: told.append((metrics["step"], metrics["lr"])))
+    assert told == [(40, 0.5), (50, 0.5)]
+    assert journal_steps(heir) == [10, 20, 30, 40, 50]

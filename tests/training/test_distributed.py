@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -59,6 +60,25 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert [entry["step"] for entry in curves[0]] == [4, 8]
     for entry, same in zip(*curves, strict=True):
         assert entry == pytest.approx(same, rel=1e-6)
+
+
+def test_ranks_that_torchrun_started_train_as_ours_do(mini_dataset: Path, spaced: Path, undisturbed: Mapping[int, Path]) -> None:
+    settings = config(mini_dataset, **INTERRUPTED)
+    (spaced / "run.yaml").write_text(yaml.safe_dump(settings.model_dump(mode="json")))
+    ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+    command = [*ranks, sys.executable, "-m", "deepdisc_ops", "train", str(spaced / "run.yaml"), "--out", str(spaced / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("best checkpoint in") == 1
+    assert_same_run(spaced / "out", undisturbed[2])
+
+
+def test_ranks_share_the_cpus_that_they_have_in_common(monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = (socket.gethostname(), [0, 1, 2, 3])
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
+    for others, threads in (([mine], 2), ([("elsewhere", [0, 1, 2, 3])], 4), ([(mine[0], [4, 5, 6, 7])], 4), ([mine] * 7, 1)):
+        monkeypatch.setattr(World, "gather", lambda _self, value, others=others: [value, *others])
+        assert loop.fair_threads(World()) == threads
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
