@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from deepdisc_ops.errors import SetupError
 
@@ -79,15 +79,14 @@ def joined_ray(address: str, environment: Mapping[str, str] | None = None) -> It
     """
     import ray
 
+    python = shlex.quote(sys.executable)
+    runtime: dict[str, Any] = {"py_executable": python} if python != sys.executable else {}  # see _start
+    if environment:
+        runtime["env_vars"] = dict(environment)
     with _environment({**ENVIRONMENT, **(environment or {})}):
         try:
             with signals_restored():
-                ray.init(
-                    address=address,
-                    log_to_driver=False,
-                    logging_level=logging.WARNING,
-                    runtime_env={"env_vars": dict(environment)} if environment else None,
-                )
+                ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, runtime_env=runtime or None)
         except Exception as error:  # noqa: BLE001  Ray raises the bare class here
             fault = " ".join(str(error).split())[:300]
             raise SetupError(
@@ -138,6 +137,7 @@ def _start(temporary: Path) -> None:
                     log_to_driver=False,
                     logging_level=logging.WARNING,
                     object_store_memory=OBJECT_STORE_BYTES,
+                    num_cpus=_job_cpus(),
                     _temp_dir=str(temporary),
                     # Ray hands its workers' interpreter to a shell as it is; a path with a space would start none
                     runtime_env={"py_executable": shlex.quote(sys.executable)},
@@ -161,6 +161,12 @@ def _stop(temporary: Path) -> None:
     processes = ray_processes(psutil.Process(), temporary)
     ray.shutdown()
     _end(processes)
+
+
+def _job_cpus() -> int | None:
+    """The CPUs that SLURM gave the job on this node; None, all that Ray sees, where there is no job."""
+    found = os.environ.get("SLURM_CPUS_ON_NODE", "")
+    return int(found) if found.isdecimal() and int(found) > 0 else None
 
 
 def _temporary_folder() -> Path:

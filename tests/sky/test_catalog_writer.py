@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import resource
+import subprocess
+import sys
 import tracemalloc
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -150,3 +153,13 @@ def test_memory_does_not_grow_with_the_catalogue(tmp_path: Path, rows: Table, mo
     (short, arrow_short), (long, arrow_long) = peak(3), peak(9)
     assert long < 1.1 * short
     assert arrow_long <= arrow_short + 1000
+
+
+def test_what_a_killed_writer_left_is_removed_and_what_a_living_one_writes_is_not(spaced: Path) -> None:
+    ended = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True, check=True)
+    dead, alive = spaced / f".c.fits.{ended.stdout.strip()}", spaced / f".c.fits.{os.getppid()}"
+    other = spaced / f".other.fits.{ended.stdout.strip()}"
+    for file in (dead, alive, other):
+        file.touch()
+    open_catalog([spaced / "c.fits"], (), ("object",), {}).abort()
+    assert [file.exists() for file in (dead, alive, other)] == [False, True, True]

@@ -6,6 +6,7 @@ that fails, so that no half of a catalogue is ever taken for a whole.
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -107,6 +108,8 @@ class CatalogWriter:
         self._coverage: Coverage | None = None
         self._columns: Table | None = None
         self._waiting: list[Table] = []
+        for path in paths:
+            _remove_leftovers(path)
         self._staging = {path: path.with_name(f".{path.name}.{os.getpid()}") for path in paths}
         self._files: dict[Path, TableFile] = {}
         for path, staging in self._staging.items():
@@ -255,3 +258,21 @@ def _stacked(tables: Sequence[Table]) -> Table:
         like = first[name]
         columns[name] = TableColumn(array, name, description=like.description, unit=like.unit, meta=dict(like.meta))
     return Table(columns, copy=False)
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove what killed writers of ``path`` have left beside it."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*"):
+        process = left.name.rpartition(".")[2]
+        if process.isdecimal() and not _is_alive(int(process)):
+            left.unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
