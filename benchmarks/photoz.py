@@ -4,7 +4,8 @@ The test scenes of a frozen sky go through the network, which sees their images 
 gold galaxies (i < 25.3) of the same sky's train split: from fluxes in five apertures at the true positions in the same images
 (``measured``, what the network is compared with) and from noisy true magnitudes (``catalogue``, a bound that no image gives).
 Gold galaxies are found if a detection lies within the radius, one-to-one with all true sources; redshifts are modes, scatter and
-outliers those of the LSST paper. Galaxies whose box the border of their scene cuts are left out, as the border is the scene's and
+outliers those of the LSST paper, whose limit is three times one's own sigma_IQR: how many lie beyond that of the boosting is told
+for both. Galaxies whose box the border of their scene cuts are left out, as the border is the scene's and
 not the sky's; completeness with them is told, and within 1", the radius of the papers. Network and boosting are judged on the
 galaxies that the network found; of the boosting on all is told too.
 """
@@ -34,7 +35,7 @@ from deepdisc_ops.data.reference import ReferenceSky, Split, check_reference, lo
 from deepdisc_ops.inference.ensemble import Ensemble
 from deepdisc_ops.photoz.baseline import Baseline
 from deepdisc_ops.photoz.figures import redshift_scatter, write_figure
-from deepdisc_ops.photoz.metrics import pit_ks, point_metrics
+from deepdisc_ops.photoz.metrics import pit_ks, point_metrics, residual
 from deepdisc_ops.photoz.mixture import GaussianMixture
 from deepdisc_ops.sky.dust import EbvPlane
 from deepdisc_ops.sky.matching import match_on_sky
@@ -180,7 +181,13 @@ def judge(sky: ReferenceSky, seen: list[Seen], files: dict[Split, Path], picture
         rows[f"gbm_{kind}"] = scores(estimate[found], truth[found]) | {"mean_nll": float(-finite[found].mean())}
         rows[f"gbm_{kind}_of_all"] = scores(estimate[whole], truth[whole])
     share, detections = float(seen_at_all[whole].mean()), sum(one.detections for one in seen)
+    limit = rows["gbm_measured"]["outlier_limit"]
+    beyond = {
+        name: float((np.abs(residual(estimate[found], truth[found], "lsst")) > limit).mean())
+        for name, estimate in (("network", mode), ("gbm", boosted["measured"][0]))
+    }
     return {
+        "beyond_outlier_limit_of_gbm": beyond,
         "gold": int(whole.sum()),
         "completeness": share,
         "completeness_error": float(np.sqrt(share * (1 - share) / whole.sum())),
@@ -205,7 +212,7 @@ def report(figures: dict[str, Any]) -> list[str]:
         f"within {WIDE_ARCSEC:g} arcsec {figures['completeness_wide']:.4f}, purity {figures['purity_wide']:.4f}",
     ]
     for name, score in figures.items():
-        if isinstance(score, dict):
+        if isinstance(score, dict) and "sigma_iqr" in score:
             nll = f"{score['mean_nll']:>8.3f}" if "mean_nll" in score else ""
             lines.append(
                 f"{name:<22}{score['n']:>7}{score['bias']:>+9.4f}{score['sigma_iqr']:>9.4f} ± {score['sigma_iqr_error']:.4f}"
@@ -246,10 +253,12 @@ def main() -> None:
     figures = judge(sky, seen, files, pictures)
     lines = [*report(figures), f"{time.monotonic() - start:.0f} s"]
     print("\n".join(lines))
+    beyond = figures["beyond_outlier_limit_of_gbm"]
     network, boosted, of_all = figures["network"], figures["gbm_measured"], figures["gbm_measured_of_all"]
     ratios = {
         "sigma_iqr_over_gbm": network["sigma_iqr"] / boosted["sigma_iqr"],
         "outliers_over_gbm": network["outlier_fraction"] / boosted["outlier_fraction"],
+        "outliers_over_gbm_at_its_limit": beyond["network"] / beyond["gbm"],
         "sigma_iqr_over_gbm_of_all": network["sigma_iqr"] / of_all["sigma_iqr"],
         "outliers_over_gbm_of_all": network["outlier_fraction"] / of_all["outlier_fraction"],
     }

@@ -114,6 +114,7 @@ def members_tune(
     split: Annotated[str, typer.Option(help="Split of the data set, such as validation or calibration.")] = "validation",
     min_completeness: Annotated[float, typer.Option(min=0, max=1, help="Least completeness of gold galaxies.")] = 0.0,
     min_purity: Annotated[float, typer.Option(min=0, max=1, help="Least purity of all detections.")] = 0.0,
+    max_overlap: Annotated[float, typer.Option(min=0, max=1, help="Largest overlap that may be chosen.")] = 1.0,
     device: Annotated[str, typer.Option(help="torch device, such as cpu or cuda:0.")] = "cpu",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Tell the best thresholds and leave the member as it is.")] = False,
 ) -> None:
@@ -130,6 +131,7 @@ def members_tune(
             split,
             min_completeness=min_completeness,
             min_purity=min_purity,
+            max_overlap=max_overlap,
             device=device,
             progress=lambda done, total: advance(done, "", total),
         )

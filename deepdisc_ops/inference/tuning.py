@@ -4,7 +4,8 @@ Training needs neither, so both can be chosen after it, and the choice is kept i
 
     F1 = 2 c p / (c + p),
 
-c the completeness of gold galaxies (those with a redshift that the redshift head is trained for) and p the purity of all
+c the completeness of gold galaxies (those with a redshift that the redshift head is trained for, and with the smallest box clear
+of the image's border) and p the purity of all
 detections (the share that are objects of the truth), under least values of either where they are given. An image goes through
 the network once: a non-maximum suppression takes the best boxes first, so a higher score threshold only cuts its answer short.
 Glossary: N true and M found objects of an image, I overlaps, S scores that are tried.
@@ -75,11 +76,13 @@ def tune_thresholds(
     *,
     min_completeness: float = 0.0,
     min_purity: float = 0.0,
+    max_overlap: float = 1.0,
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> Tuning:
     """The thresholds with the highest F1 on a split of a data set among those with at least the given completeness and purity.
 
+    Overlaps above ``max_overlap``, with which an object is more often found twice, are not chosen.
     Raises `ConfigError` where no thresholds reach them, `CatalogError` where the split has no gold galaxy. Nothing is written:
     see `store`.
     """
@@ -97,7 +100,10 @@ def tune_thresholds(
         raise CatalogError(f"{dataset} has {len(records)} images in split {split!r} and no gold galaxy there; name another split")
     trials = [_trial(scores[s], overlaps[i], counts[i, s]) for i in range(len(overlaps)) for s in range(len(scores))]
     before = next(t for t in trials if (t.score_threshold, t.nms_threshold) == (now.score_threshold, now.nms_threshold))
-    return Tuning(choose(trials, min_completeness, min_purity), before, tuple(trials), gold)
+    allowed = [trial for trial in trials if trial.nms_threshold <= max_overlap]
+    if not allowed:
+        raise ConfigError(f"no overlap up to {max_overlap:g} is tried; the least is {overlaps.min():g}")
+    return Tuning(choose(allowed, min_completeness, min_purity), before, tuple(trials), gold)
 
 
 def choose(trials: Sequence[Trial], min_completeness: float = 0.0, min_purity: float = 0.0) -> Trial:
@@ -139,7 +145,7 @@ def count(member: Member, record: Record, info: DatasetInfo, overlaps: NDArray[n
     """`Counts` of one image (I, S, 4) for every overlap and score."""
     config = member.config
     image = read_pixels(record, config.model.bands, with_wcs=False)
-    gold = np.isfinite(label(record.objects, info, config.model, config.data).redshift)
+    gold = np.isfinite(label(record.objects, info, config.model, config.data).redshift) & _whole(record, config.data.min_box / 2)
     degrees = image.pixel_scale / 3600
     counts = np.zeros((len(overlaps), len(scores), 4), np.int64)
     for i, found in enumerate(member.at_thresholds(image.data, float(scores.min()), [float(o) for o in overlaps])):
@@ -150,6 +156,15 @@ def count(member: Member, record: Record, info: DatasetInfo, overlaps: NDArray[n
             matches = match_on_sky(degrees * record.objects.x, degrees * record.objects.y, x[sure], y[sure], MATCH_RADIUS_ARCSEC)
             counts[i, s] = gold.sum(), gold[matches.index1].sum(), sure.sum(), len(matches)
     return counts
+
+
+def _whole(record: Record, margin: float) -> NDArray[np.bool_]:
+    """Objects (N,) at least ``margin`` pixels from the image's border, which cuts the boxes of the others."""
+    far = [
+        (axis >= margin) & (axis <= size - 1 - margin)
+        for axis, size in ((record.objects.x, record.width), (record.objects.y, record.height))
+    ]
+    return np.asarray(far[0] & far[1])
 
 
 def _trial(score: float, overlap: float, counts: Counts) -> Trial:

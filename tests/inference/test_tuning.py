@@ -45,6 +45,12 @@ def test_constraints_come_first() -> None:
         choose(TRIALS, 0.95, 0.95)
 
 
+def test_larger_overlaps_than_wanted_are_not_chosen(tiny_checkpoints: list[Path], mini_dataset: Path) -> None:
+    assert tune_thresholds(tiny_checkpoints[0], mini_dataset, max_overlap=0.3).best.nms_threshold == 0.3
+    with pytest.raises(ConfigError, match=r"no overlap up to 0\.1 is tried; the least is 0\.3"):
+        tune_thresholds(tiny_checkpoints[0], mini_dataset, max_overlap=0.1)
+
+
 def test_every_pair_of_thresholds_is_tried_and_the_best_is_no_worse_than_before(tuned: Tuning) -> None:
     assert {(t.score_threshold, t.nms_threshold) for t in tuned.trials} >= {(s, o) for s in SCORES for o in OVERLAPS}
     assert (tuned.before.score_threshold, tuned.before.nms_threshold) == (0.3, 0.4)
