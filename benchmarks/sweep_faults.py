@@ -101,13 +101,11 @@ class Watched:
         """The process that the case kills, if it is there."""
         if case == "driver":
             return self.driver
-        marks = {"raylet": "raylet", "trial": "ray::", "rank": "spawn_main"}
+        marks = {"raylet": "raylet", "trial": "ray::ImplicitFunc", "rank": "spawn_main"}  # as Tune names a function's process
         with suppress(psutil.Error):
             for process in self.driver.children(recursive=True):
                 command = " ".join(process.cmdline())
-                if case == "trial" and command.startswith("ray::") and ("Trainable" in command or "run_trial" in command):
-                    return process
-                if case != "trial" and marks[case] in (process.name() if case == "raylet" else command):
+                if marks[case] in (process.name() if case == "raylet" else command):
                     return process
         return None
 

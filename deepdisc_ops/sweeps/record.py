@@ -138,6 +138,8 @@ class Recorder:
         for folder in sorted((self._out / "trials").glob("*/")):
             if folder.name not in self._settled:
                 self._settle(folder.name, failed=folder.name in failed)
+        for snapshots in (self._out / "trials").glob(f"*/{trial.POPULATION}"):
+            shutil.rmtree(snapshots, ignore_errors=True)
         trials = self._trials()
         usable = self._usable(trials)
         if self._spec.keep.members:

@@ -146,7 +146,6 @@ def _fit(spec: SweepSpec, out: Path, sweep_id: str, train: trial.Train, *, again
                 verbose=0,
                 callbacks=[Forwarder(sweep_id)],
                 failure_config=tune.FailureConfig(max_failures=spec.retries),
-                checkpoint_config=tune.CheckpointConfig(num_to_keep=2),
                 stop={"time_total_s": spec.trial_time_limit_s} if spec.trial_time_limit_s else None,
             ),
         )

@@ -342,7 +342,7 @@ def _corner_faults(spec: SweepSpec) -> list[str]:
         if spec.scheduler.name == "asha" and spec.scheduler.grace_steps > train.steps:
             grace = spec.scheduler.grace_steps
             return [f"scheduler.grace_steps {grace} exceeds the {train.steps} training steps; lower it or use fifo"]
-        if train.ranks > spec.resources.cpus:
+        if train.ranks > max(spec.resources.cpus, 1):
             return [f"resources.cpus {spec.resources.cpus:g} are less than train.ranks {train.ranks}; give each rank one"]
         if train.device == "cuda" and train.ranks > max(spec.resources.gpus, 1):
             return [f"resources.gpus {spec.resources.gpus:g} are less than train.ranks {train.ranks}; each rank takes a GPU"]

@@ -5,8 +5,8 @@ failure, error.txt. It is the trial's whole state: whoever starts the trial agai
 continues it; and the driver writes the records in MLflow from it alone, now or after a crash. A trial with a journal and no last/
 has ended before.
 
-Ray keeps checkpoints in population based training alone, where a trial goes on from another's: a copy of last/ and best/, and
-whose they were.
+In population based training, where a trial goes on from another's state, population/ holds the latest of them, and what Ray keeps
+as a checkpoint is their address.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ import yaml
 
 from deepdisc_ops import config as settings
 from deepdisc_ops.config import TrainingConfig
-from deepdisc_ops.errors import ConfigError
+from deepdisc_ops.errors import CheckpointError, ConfigError
 from deepdisc_ops.sweeps.space import TUNABLE, SweepSpec, trial_config
 from deepdisc_ops.tracking import Measurement
 
@@ -38,6 +37,8 @@ VALUES, PLAN = "values", "plan"
 """The two keys of a Ray trial's config: what was drawn, by dotted key, and the constants of the sweep."""
 WORST = 1e30
 """What the scheduler is told of a metric that is no number: it must rank last, and schedulers cannot rank NaN or infinity."""
+POPULATION, SNAPSHOTS = "population", 4
+"""Where a trial keeps so many snapshots of itself."""
 SECONDS = "train_seconds"
 """The metric that says how long a trial has trained, over all its attempts."""
 DIED = "its process died without a word; memory is the usual reason"
@@ -176,42 +177,53 @@ def _train_trial(ray_config: Mapping[str, Any], folder: Path) -> None:
 
     def tell(metrics: dict[str, float]) -> None:
         shown = rankable(metrics, plan["metric"], plan["worst"])
-        if plan["population"]:
-            with _snapshot(folder, folder.name) as copy:
-                tune.report(shown, checkpoint=tune.Checkpoint.from_directory(str(copy)))
-        else:
+        if not plan["population"]:
             tune.report(shown)
+            return
+        with tempfile.TemporaryDirectory(prefix="origin-") as made:
+            origin = {"trial": folder.name, "snapshot": str(take_snapshot(folder, int(metrics["step"])))}
+            (Path(made) / ORIGIN).write_text(json.dumps(origin))
+            tune.report(shown, checkpoint=tune.Checkpoint.from_directory(made))
 
     if plan["population"] and (given := tune.get_checkpoint()) is not None:
         with given.as_directory() as copy:
-            _inherit(Path(copy), folder, folder.name, config)
+            origin = json.loads((Path(copy) / ORIGIN).read_text())
+        if origin["trial"] != folder.name:
+            inherit(Path(origin["snapshot"]), folder, config)
     with SystemSampler(folder) as system:
         train_in_folder(config, folder, _load(plan["train"]), tell, system.read)
 
 
-@contextmanager
-def _snapshot(folder: Path, name: str) -> Iterator[Path]:
-    """A copy of the trial for others to go on from, which Ray stores while the block lasts."""
-    with tempfile.TemporaryDirectory(prefix="population-", dir=folder) as made:
-        copy = Path(made)
-        for part in ("last", "best"):
-            if (folder / part).exists():
-                shutil.copytree(folder / part, copy / part)
-        (copy / ORIGIN).write_text(json.dumps({"trial": name}))
-        yield copy
+def take_snapshot(folder: Path, step: int) -> Path:
+    """Keep state and best checkpoint of a trial as they are now, for others to go on from; only the latest are kept."""
+    snapshot = folder / POPULATION / f"{step:09d}"
+    shutil.rmtree(snapshot, ignore_errors=True)
+    _copy(folder, snapshot)
+    for old in sorted((folder / POPULATION).iterdir())[:-SNAPSHOTS]:
+        shutil.rmtree(old)
+    return snapshot
 
 
-def _inherit(copy: Path, folder: Path, name: str, config: TrainingConfig) -> None:
-    """Take over state and best checkpoint of another trial; a copy of one's own says nothing new."""
+def inherit(snapshot: Path, folder: Path, config: TrainingConfig) -> None:
+    """Take over another trial's ``snapshot``, or its next one where that has gone; the run goes on under ``config``.
+
+    Raises CheckpointError where the config differs in more than what may change while a network trains.
+    """
     from deepdisc_ops.training.checkpoint import adopt_state
 
-    if json.loads((copy / ORIGIN).read_text())["trial"] == name:
-        return
-    for part in ("last", "best"):
-        shutil.rmtree(folder / part, ignore_errors=True)
-        if (copy / part).exists():
-            shutil.copytree(copy / part, folder / part)
+    later = [found for found in sorted(snapshot.parent.glob("*/")) if found.name >= snapshot.name]
+    if not later:
+        raise CheckpointError(f"{snapshot} is gone, and nothing came after it; run the sweep again in a new folder")
+    _copy(later[0], folder)
     adopt_state(folder / "last", config, TUNABLE)
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copy a trial's state and best checkpoint; the state is linked, as it is never changed, only replaced."""
+    for part, copy in (("last", os.link), ("best", shutil.copy2)):
+        shutil.rmtree(target / part, ignore_errors=True)
+        if (source / part).exists():
+            shutil.copytree(source / part, target / part, copy_function=copy)
 
 
 def rankable(metrics: Mapping[str, float], metric: str, worst: float) -> dict[str, float]:

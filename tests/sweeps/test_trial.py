@@ -104,16 +104,23 @@ def test_measurements_of_the_machine_are_in_the_journal(spaced: Path) -> None:
 def test_a_state_of_another_kind_of_run_is_not_taken_over(spaced: Path) -> None:
     donor, heir = spaced / "donor", spaced / "heir"
     trial.train_in_folder(config(40), donor, learning_curves.train, lambda _: None)
-    with trial._snapshot(donor, "donor") as copy, pytest.raises(CheckpointError, match=r"cannot go on with another train\.steps"):
-        trial._inherit(copy, heir, "heir", config(50))
+    with pytest.raises(CheckpointError, match=r"cannot go on with another train\.steps"):
+        trial.inherit(trial.take_snapshot(donor, 40), heir, config(50))
 
 
-def test_a_trial_s_own_snapshot_changes_nothing(spaced: Path) -> None:
-    trial.train_in_folder(config(40), spaced, learning_curves.train, lambda _: None)
-    before = (spaced / "last" / "state.pt").stat().st_ino
-    with trial._snapshot(spaced, "me") as copy:
-        trial._inherit(copy, spaced, "me", config(40))
-    assert (spaced / "last" / "state.pt").stat().st_ino == before
+def test_the_latest_snapshots_are_kept_and_the_next_one_serves_for_one_that_has_gone(spaced: Path) -> None:
+    donor, heir = spaced / "donor", spaced / "heir"
+    taken = []
+    trial.train_in_folder(
+        config(70), donor, learning_curves.train, lambda told: taken.append(trial.take_snapshot(donor, int(told["step"])))
+    )
+    assert [path.exists() for path in taken] == [False] * 3 + [True] * 4
+    trial.inherit(taken[0], heir, config(70))
+    assert trial.read_checkpoint(heir / "best").step == 40
+    trial.inherit(taken[5], heir, config(70))
+    assert trial.read_checkpoint(heir / "best").step == 60
+    with pytest.raises(CheckpointError, match="is gone, and nothing came after it"):
+        trial.inherit(donor / "population" / "000000080", heir, config(70))
 
 
 def test_a_population_shares_states_under_changed_rates(spaced: Path) -> None:
@@ -126,11 +133,12 @@ def test_a_population_shares_states_under_changed_rates(spaced: Path) -> None:
     for folder in (donor, heir):
         with pytest.raises(Stop):
             trial.train_in_folder(config(), folder, learning_curves.train, until_30)
+    snapshot = trial.take_snapshot(donor, 30)
+    before = (snapshot / "last" / "state.pt").read_bytes()
     changed = TrainingConfig(train=TrainSettings(steps=50, weight_decay=0, lr=0.5))
-    with trial._snapshot(donor, "donor") as copy:
-        trial._inherit(copy, heir, "heir", changed)
-    assert not list(donor.glob("population-*"))
+    trial.inherit(snapshot, heir, changed)
     told: list[tuple[float, float]] = []
     trial.train_in_folder(changed, heir, learning_curves.train, lambda metrics: told.append((metrics["step"], metrics["lr"])))
     assert told == [(40, 0.5), (50, 0.5)]
     assert journal_steps(heir) == [10, 20, 30, 40, 50]
+    assert (snapshot / "last" / "state.pt").read_bytes() == before
