@@ -52,6 +52,9 @@ TIDIED = (
     "//button[@aria-label='Close']",
 )
 """What is clicked: the view for trained models rather than that for language models, and away with the assistant."""
+BARE = "document.head.insertAdjacentHTML('beforeend', '<style>.modebar-container { display: none }</style>')"
+CHARTS = "^val_(nll|sigma_iqr|outliers|completeness|bias|loss)$"
+"""The charts that are shown, among some dozens."""
 SETTLE_S = 10
 SCREEN = {"deviceScaleFactor": 1, "mobile": False}
 
@@ -139,6 +142,10 @@ def photograph(driver: Any, url: str, path: Path, size: tuple[int, int]) -> None
             for button in driver.find_elements("xpath", label):
                 if button.is_displayed():
                     button.click()
+    driver.execute_script(BARE)
+    for field in driver.find_elements("xpath", "//input[@placeholder='Search metric charts']"):
+        if "system-metrics" not in url:
+            field.send_keys(CHARTS)
     time.sleep(SETTLE_S)
     wait.until(lambda page: page.execute_script(DRAWN))
     driver.save_screenshot(str(path))

@@ -230,7 +230,7 @@ class Recorder:
         if best is not None:
             if not self._spec.keep.members:
                 self._tracker.log_artifact(run_id, folder / "best", CHECKPOINT_FOLDER)
-            summary = {f"best_{key}": value for key, value in best.metrics.items()}
+            summary = {f"best_{key}": value for key, value in best.metrics.items() if key == "train_loss" or key.startswith("val_")}
             self._tracker.log_summary(run_id, best.step, summary | trial.size_of(folder / "best"))
         last_step = rows[-1].step if rows else 0
         state = self._final_state(trial_id, failed=failed)
