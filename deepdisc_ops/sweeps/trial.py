@@ -150,8 +150,8 @@ def size_of(checkpoint: Path) -> dict[str, float]:
 
     if not (checkpoint / WEIGHTS).exists():
         return {}
-    with safe_open(checkpoint / WEIGHTS, framework="numpy") as tensors:  # no mapping: it has no items
-        shapes = [tensors.get_slice(key).get_shape() for key in tensors.keys() if not key.endswith(_STATISTICS)]  # noqa: SIM118
+    with safe_open(checkpoint / WEIGHTS, framework="numpy") as tensors:
+        shapes = [tensors.get_slice(key).get_shape() for key in tensors.keys() if not key.endswith(_STATISTICS)]  # noqa: SIM118  it is no mapping
     return {"parameters": float(sum(math.prod(shape) for shape in shapes))}
 
 

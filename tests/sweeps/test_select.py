@@ -91,7 +91,7 @@ def run_of(name: str, nll: float, backbone: str, fold: int | None, **params: str
 def test_conditions_combine_without_barring_better_company() -> None:
     """The best trial's fold and backbone would leave no place for the third: the best set is without it."""
     ranked = [run_of("best", 0.1, "a", 0), run_of("b0", 0.2, "b", 0), run_of("a1", 0.3, "a", 1), run_of("c0", 0.9, "c", 0)]
-    names = lambda k, **limits: [run.run_id for run in select.best_set(ranked, k, select.Conditions(**limits))]  # noqa: E731
+    names = lambda k, **limits: [run.run_id for run in select.best_set(ranked, k, select.Conditions(**limits))]  # noqa: E731  short, and used below alone
     assert names(3) == ["best", "b0", "a1"]
     assert names(2, max_per_backbone=1) == ["best", "b0"]
     assert names(2, one_per_fold=True) == ["best", "a1"]

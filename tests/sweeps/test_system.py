@@ -39,33 +39,33 @@ class Nvml(ModuleType):
         super().__init__("pynvml")
         self.driver = driver
 
-    def nvmlInit(self) -> None:  # noqa: N802
+    def nvmlInit(self) -> None:  # noqa: N802  NVML's own name
         if not self.driver:
             raise self.NVMLError("driver not loaded")
 
-    def nvmlDeviceGetCount(self) -> int:  # noqa: N802
+    def nvmlDeviceGetCount(self) -> int:  # noqa: N802  NVML's own name
         return 2
 
-    def nvmlDeviceGetHandleByIndex(self, index: int) -> int:  # noqa: N802
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> int:  # noqa: N802  NVML's own name
         if index not in (0, 1):
             raise self.NVMLError("invalid argument")
         return index
 
-    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> int:  # noqa: N802
+    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> int:  # noqa: N802  NVML's own name
         return {"GPU-a": 0, "GPU-b": 1}[uuid]
 
-    def nvmlDeviceGetMemoryInfo(self, gpu: int) -> SimpleNamespace:  # noqa: N802
+    def nvmlDeviceGetMemoryInfo(self, gpu: int) -> SimpleNamespace:  # noqa: N802  NVML's own name
         return SimpleNamespace(used=(1 + gpu) * 10**9, total=10 * 10**9)
 
-    def nvmlDeviceGetUtilizationRates(self, gpu: int) -> SimpleNamespace:  # noqa: N802
+    def nvmlDeviceGetUtilizationRates(self, gpu: int) -> SimpleNamespace:  # noqa: N802  NVML's own name
         return SimpleNamespace(gpu=50 + gpu)
 
-    def nvmlDeviceGetPowerUsage(self, gpu: int) -> int:  # noqa: N802
+    def nvmlDeviceGetPowerUsage(self, gpu: int) -> int:  # noqa: N802  NVML's own name
         if gpu == 1:
             raise self.NVMLError("not supported")
         return 150_000
 
-    def nvmlDeviceGetEnforcedPowerLimit(self, gpu: int) -> int:  # noqa: N802
+    def nvmlDeviceGetEnforcedPowerLimit(self, gpu: int) -> int:  # noqa: N802  NVML's own name
         return 300_000
 
 
