@@ -14,6 +14,7 @@ import typer
 from rich.table import Table
 
 import deepdisc_ops
+from deepdisc_ops.cli.archive import archive_app
 from deepdisc_ops.cli.compare import compare
 from deepdisc_ops.cli.console import console, progress_bar
 from deepdisc_ops.cli.data import data_app
@@ -21,6 +22,7 @@ from deepdisc_ops.cli.members import members_app
 from deepdisc_ops.cli.model import model_app
 from deepdisc_ops.cli.predict import predict
 from deepdisc_ops.cli.pretrain import pretrain
+from deepdisc_ops.cli.serve import serve_app
 from deepdisc_ops.cli.slurm import app as slurm_app
 from deepdisc_ops.cli.sweep import sweep_app
 from deepdisc_ops.cli.track import app as track_app
@@ -32,8 +34,6 @@ if TYPE_CHECKING:
     from deepdisc_ops.data.store import Dataset
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", help=deepdisc_ops.__doc__)
-archive_app = typer.Typer(no_args_is_help=True, help="Model archives: an ensemble in one .mar file.")
-serve_app = typer.Typer(no_args_is_help=True, help="The TorchServe endpoint.")
 setup_app = typer.Typer(no_args_is_help=True, help="Parts that pip alone does not install.")
 for name, sub in {
     "sweep": sweep_app,
@@ -56,7 +56,6 @@ app.command()(predict)
 REFERENCE_WORDS = ("out", "reference", "packed", "processes")  # what may be said with --reference
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a setting, as in train.lr=0.001; may be repeated.")]
 SkyOverrides = Annotated[list[str] | None, typer.Option("--set", help="Override a setting of the sky, as in clustering=0.4.")]
-RunDir = Annotated[Path, typer.Option(help="The server's private folder, with its logs and its discovery file.")]
 
 
 def main() -> None:
@@ -203,89 +202,6 @@ def train(
         best = loop.train(loaded, out, report=report, world=world)
     if world is None or world.main:
         console.print(f"best checkpoint in {best}, curves in {out / 'loss.png'}")
-
-
-@archive_app.command("build")
-def archive_build(
-    out: Annotated[Path, typer.Option(help="The archive to write, NAME.mar.")],
-    checkpoints: Annotated[list[Path] | None, typer.Argument(help="Checkpoint folders (RUN/best), or one ensemble folder.")] = None,
-    members: Annotated[Path | None, typer.Option(help="A selection written by `members select`.")] = None,
-) -> None:
-    """Pack members into one TorchServe archive.
-
-    Example: `deepdisc-ops archive build --members members.yaml --out ensemble.mar`
-    """
-    from deepdisc_ops.serving import archive
-
-    if bool(checkpoints) == bool(members):
-        raise ConfigError("name either checkpoint folders or --members, one of the two")
-    run_ids, weights = None, tuple[float, ...]()
-    if members:
-        from deepdisc_ops.sweeps import select
-
-        selection = select.read_selection(members)
-        checkpoints, run_ids = [m.checkpoint for m in selection], [m.run_id for m in selection]
-        weights = tuple(m.weight for m in selection if m.weight is not None)
-    archive.build_archive(checkpoints or [], out, run_ids, weights)
-    description = archive.inspect_archive(out)
-    console.print(f"{out}: {len(description['members'])} members, {out.stat().st_size / 1e6:.1f} MB")
-
-
-@archive_app.command("inspect")
-def archive_inspect(mar: Annotated[Path, typer.Argument(help="The archive.")]) -> None:
-    """Print what an archive holds, after checking every member's checksum.
-
-    Example: `deepdisc-ops archive inspect ensemble.mar`
-    """
-    from deepdisc_ops.serving import archive
-
-    console.print_json(data=archive.verify_archive(mar), default=str)
-
-
-@serve_app.command("start")
-def serve_start(
-    mar: Annotated[Path, typer.Argument(help="The archive to serve.")],
-    run_dir: RunDir = Path("server"),
-    workers: Annotated[int, typer.Option(min=1, help="Worker processes, each with the whole ensemble.")] = 1,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads a worker.")] = None,
-    wait: Annotated[float, typer.Option(min=1, help="Seconds to wait until the endpoint is ready.")] = 180.0,
-    max_window: Annotated[int, typer.Option(min=128, help="Side in pixels of the largest window accepted.")] = 2048,
-) -> None:
-    """Serve an archive on a free loopback port; returns when a canary prediction has been answered.
-
-    Example: `deepdisc-ops serve start ensemble.mar --run-dir server`
-    """
-    from deepdisc_ops.serving import server
-
-    with console.status("starting TorchServe") as status:
-        info = server.start(
-            mar, run_dir, workers=workers, threads=threads, wait_s=wait, max_window=max_window, progress=status.update
-        )
-    console.print(f"{info.url} is ready; clients find it through {run_dir / 'server.json'}")
-
-
-@serve_app.command("status")
-def serve_status(run_dir: RunDir = Path("server")) -> None:
-    """Tell whether the endpoint is ready; exit code 1 if it is not.
-
-    Example: `deepdisc-ops serve status --run-dir server`
-    """
-    from deepdisc_ops.serving import server
-
-    state = server.status(run_dir)
-    console.print(f"{state.state}: {state.what}")
-    raise typer.Exit(0 if state.state == "ready" else 1)
-
-
-@serve_app.command("stop")
-def serve_stop(run_dir: RunDir = Path("server")) -> None:
-    """Stop the endpoint of a run directory, and nothing else.
-
-    Example: `deepdisc-ops serve stop --run-dir server`
-    """
-    from deepdisc_ops.serving import server
-
-    console.print("stopped" if server.stop(run_dir) else f"no endpoint runs in {run_dir}")
 
 
 @app.command()
