@@ -109,7 +109,7 @@ class RayLooker:
             while jobs:
                 yield self._answer(jobs.popleft())
         finally:
-            self._waiting.remove(waiting)
+            self._waiting = [queue for queue in self._waiting if queue is not waiting]  # empty ones are equal
 
     def _answer(self, job: _Job) -> Found:
         while job.answer is None:

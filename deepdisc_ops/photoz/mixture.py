@@ -33,6 +33,7 @@ QUANTILES = {"z_lo95": 0.025, "z_lo68": 0.16, "z_median": 0.5, "z_hi68": 0.84, "
 # lie between two neighbouring points is overlooked; on random mixtures that changes a second peak in less than 1 % of them.
 SLOPE_OFFSETS = (-5.0, -4.0, -3.0, -2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0, 3.0, 4.0, 5.0)
 CHUNK_BYTES = 8e6  # of the largest temporary; several times faster than larger ones, which leave the cache
+LEAST_RISK_STEP = 0.01  # in ln(1 + z), a fifteenth of the risk's usual width; the least risk is found between such points
 ROOT_TOLERANCE = 1e-10
 ROOT_ITERATIONS = 150
 
@@ -164,6 +165,33 @@ class GaussianMixture:
         parts = [mixture._peaks() for mixture in self.double()._chunks(points * self.logits.shape[1])]
         return Peaks(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
 
+    def least_risk(self, width: float = 0.15) -> Tensor:
+        r"""(N,) the redshift z where the expected loss of the truncated mixture is least.
+
+        The loss of z where the truth is t is :math:`1 - 1 / (1 + ((z - t) / (width (1 + t)))^2)`: almost all that is farther
+        off than ``width`` costs the same, so that the estimate stays with the heaviest peak and not with the highest (Tanaka et
+        al. 2018, PASJ 70 S9, whose z_best it is).
+        """
+        if not len(self):
+            return torch.zeros(0, dtype=torch.float64)
+        mixture = self.double()
+        farthest = float((mixture.means + 6 * mixture.sigmas)[mixture.weights > 0].max())
+        count = max(2, math.ceil(math.log1p(max(farthest, 0.0)) / LEAST_RISK_STEP))
+        edges = torch.expm1(torch.arange(count + 1, dtype=torch.float64) * LEAST_RISK_STEP)
+        points = torch.expm1((torch.arange(count, dtype=torch.float64) + 0.5) * LEAST_RISK_STEP)
+        gain = 1 / (1 + ((points[:, None] - points) / (width * (1 + points))) ** 2)
+        parts = []
+        for part in mixture._chunks(count * mixture.logits.shape[1]):
+            expected = part.cdf(edges.expand(len(part), -1)).diff(dim=1) @ gain.T  # normalised or not, its maximum is there
+            best = expected.argmax(1)
+            inner = best.clamp(1, count - 2)[:, None] + torch.tensor([-1, 0, 1])
+            low, middle, high = expected.gather(1, inner).T
+            bend = (low - 2 * middle + high).clamp_max(-torch.finfo(torch.float64).tiny)
+            offset = ((low - high) / (2 * bend)).clamp(-0.5, 0.5)
+            at = torch.where(best == inner[:, 1], offset, 0.0) + best + 0.5
+            parts.append(torch.expm1(at * LEAST_RISK_STEP))
+        return torch.cat(parts)
+
     def sample(self, rng: np.random.Generator, size: int = 1) -> Floats:
         """(N, size) redshifts drawn from the truncated mixtures."""
         mixture = self.double()
@@ -286,15 +314,16 @@ def concatenate(mixtures: Sequence[GaussianMixture], member_weights: Sequence[fl
 def summarise(mixture: GaussianMixture) -> dict[str, Floats]:
     """The catalogue's redshift columns, each (N,) in double precision.
 
-    z_mode, z_mean, z_std, z_median, equal-tailed intervals z_lo68 .. z_hi68 and z_lo95 .. z_hi95, z_second_peak (NaN if
-    there is none) and z_second_weight (0 then) as in `GaussianMixture.peaks`, all of the mixture cut at z = 0, and
-    mass_below_zero, the probability that was cut off. A mixture all below zero gives finite redshifts at or near 0.
+    z_mode, z_best (`GaussianMixture.least_risk`), z_mean, z_std, z_median, equal-tailed intervals z_lo68 .. z_hi68 and
+    z_lo95 .. z_hi95, z_second_peak (NaN if there is none) and z_second_weight (0 then) as in `GaussianMixture.peaks`, all of the
+    mixture cut at z = 0, and mass_below_zero, the probability that was cut off. A mixture all below zero gives finite redshifts at
+    or near 0.
     """
     mixture = mixture.double()
     peaks = mixture.peaks()
     mean, std = mixture.mean_and_std()
     quantiles = mixture.quantiles(tuple(QUANTILES.values()))
-    columns = {"z_mode": peaks.mode, "z_mean": mean, "z_std": std}
+    columns = {"z_mode": peaks.mode, "z_best": mixture.least_risk(), "z_mean": mean, "z_std": std}
     columns |= {name: quantiles[:, i] for i, name in enumerate(QUANTILES)}
     columns |= {"z_second_peak": peaks.second, "z_second_weight": peaks.second_weight, "mass_below_zero": mixture.mass_below_zero}
     return {name: np.ascontiguousarray(column.numpy()) for name, column in columns.items()}

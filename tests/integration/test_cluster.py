@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import psutil
@@ -170,6 +171,26 @@ def test_windows_wait_until_the_first_is_taken_and_closing_ends_the_work(spaced:
         assert last.valid == WINDOWS[41].width * WINDOWS[41].height
         assert len(looks(spaced)) <= 3 + AHEAD + 2
     assert_gone(spaced)
+
+
+def test_a_second_look_between_windows_loses_none_of_them(spaced: Path) -> None:
+    from far_skies import Accidents
+
+    found: list[Found] = []
+
+    def all_of_them() -> None:
+        with RayLooker(Accidents(spaced).looker, actors=1) as looker:
+            for one in looker.look(WINDOWS):
+                found.append(one)
+                if len(found) == 3:  # by the last of these, all windows that were asked for are handed out
+                    for window in WINDOWS[30:36]:
+                        (again,) = looker.look([window])
+                        assert again.valid
+
+    work = Thread(target=all_of_them, daemon=True)
+    work.start()
+    work.join(60)
+    assert len(found) == len(WINDOWS)
 
 
 def test_a_recipe_gives_the_same_objects_here_and_there(spaced: Path, tiny_ensemble: Path) -> None:

@@ -220,6 +220,24 @@ def test_the_median_is_exact_far_below_zero() -> None:
     assert mixture.quantiles((0.5,)).item() == pytest.approx(math.log(2) * 0.1**2 / 20, rel=1e-4)
 
 
+def test_the_least_risk_is_that_of_a_fine_grid() -> None:
+    mixture = random_mixture(20, 4, seed=12)
+    grid = np.linspace(0, 20, 8_001)
+    density = mixture.truncated_density(grid)
+    for row, best in enumerate(mixture.least_risk().tolist()):
+        candidates = grid[np.abs(grid - best) < 1]
+        gain = 1 / (1 + ((candidates[:, None] - grid) / (0.15 * (1 + grid))) ** 2) @ density[row]
+        everywhere = 1 / (1 + ((grid[::40, None] - grid) / (0.15 * (1 + grid))) ** 2) @ density[row]
+        assert best == pytest.approx(candidates[gain.argmax()], abs=0.004 * (1 + best))
+        assert gain.max() >= everywhere.max() * (1 - 1e-6)
+
+
+def test_the_least_risk_stays_with_the_heavier_of_two_peaks() -> None:
+    mixture = GaussianMixture.from_arrays([[0.3, 0.7]], [[0.4, 2.0]], [[0.01, 0.1]])
+    assert mixture.mode().item() == pytest.approx(0.4, abs=1e-3)
+    assert mixture.least_risk().item() == pytest.approx(2.0, abs=0.02)
+
+
 @pytest.mark.parametrize("n", [0, 1])
 def test_zero_and_one_object(n: int) -> None:
     summary = summarise(random_mixture(n, 5, seed=11))

@@ -45,6 +45,7 @@ COLUMNS: dict[str, Column] = {
     "score": Column("detection score, mean over members", ucd="stat.likelihood"),
     "class": Column("index into the model's classes", ucd="src.class"),
     "z_mode": Column("highest point of p(z), z >= 0", ucd=_REDSHIFT),
+    "z_best": Column("redshift of the least risk (Tanaka et al. 2018), z >= 0", ucd=_REDSHIFT),
     "z_median": Column("median of p(z), z >= 0", ucd=f"{_REDSHIFT};stat.median"),
     "z_mean": Column("mean of p(z), z >= 0", ucd=f"{_REDSHIFT};stat.mean"),
     "z_std": Column("standard deviation of p(z), z >= 0", ucd=f"stat.stdev;{_REDSHIFT}"),
