@@ -2,8 +2,7 @@
 
 Six bands of simulated LSST sky, one scene repeated side by side, through ``deepdisc-ops predict`` with a committed ensemble: peak
 memory of the process, and CPU time per megapixel without that of starting (that of a mosaic of one window), in turn, median over
-the repeats. Then the mosaic of 4096 pixels by two Ray actors of one thread each against one process of two threads: wall time, and
-whether the catalogues are equal.
+the repeats. Two actors against one process: `benchmarks.actors`.
 """
 
 from __future__ import annotations
@@ -26,7 +25,6 @@ from rich.console import Console
 from benchmarks import record
 from deepdisc_ops.config import SkySettings
 from deepdisc_ops.data.scenes import Scene, simulate_scene
-from deepdisc_ops.sky.catalog import read_catalog
 
 SCENE = 1024
 MODEL = Path(__file__).parent.parent / "models" / "lsst-small"
@@ -73,13 +71,6 @@ def predict(mosaic: Path, out: Path, *options: str, threads: int = 2) -> Run:
     return Run(usage.ru_maxrss / 1000, usage.ru_utime + usage.ru_stime, time.monotonic() - started)
 
 
-def equal(one: Path, other: Path) -> bool:
-    """Whether two catalogues have the same objects with the same redshifts."""
-    first, second = read_catalog(one), read_catalog(other)
-    names = ("id", "x0", "y0", "x1", "y1", "z_mode", "flags")
-    return len(first) == len(second) and all(np.array_equal(first[name], second[name]) for name in names)
-
-
 def main() -> None:
     """Measure, print and keep."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -94,9 +85,6 @@ def main() -> None:
         for _ in range(repeats):
             for side, mosaic in mosaics.items():
                 runs[side].append(predict(mosaic, work / f"{side}.parquet"))
-        local = predict(mosaics[small], work / "local.parquet")
-        actors = predict(mosaics[small], work / "actors.parquet", "--actors", "2", threads=1)
-        same = equal(work / "local.parquet", work / "actors.parquet")
     idle = statistics.median(run.cpu for run in runs[SCENE]) if small > SCENE else 0.0
     megapixels = {side: side**2 / 1e6 for side in (small, large)}
     memory = {side: statistics.median(run.memory_mb for run in runs[side]) for side in (small, large)}
@@ -104,15 +92,12 @@ def main() -> None:
     ratios = {
         f"memory_{large // 1024}k_over_{small // 1024}k": memory[large] / memory[small],
         f"seconds_per_megapixel_{large // 1024}k_over_{small // 1024}k": cpu[large] / cpu[small],
-        "two_actors_over_local": local.wall / actors.wall,
     }
     figures: dict[str, Any] = {
         "memory_mb": memory,
         "cpu_seconds_per_megapixel": cpu,
         "cpu_seconds_to_start": idle,
         "wall_seconds_of_runs": {side: [run.wall for run in runs[side]] for side in runs},
-        "wall_seconds": {"local": local.wall, "two actors": actors.wall},
-        "actors_catalogue_is_equal": same,
     }
     console.print(figures, ratios)
     if not quick:
