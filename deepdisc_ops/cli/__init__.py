@@ -18,6 +18,7 @@ from deepdisc_ops.cli.archive import archive_app
 from deepdisc_ops.cli.compare import compare
 from deepdisc_ops.cli.console import console, progress_bar
 from deepdisc_ops.cli.data import data_app
+from deepdisc_ops.cli.doctor import doctor
 from deepdisc_ops.cli.members import members_app
 from deepdisc_ops.cli.model import model_app
 from deepdisc_ops.cli.predict import predict
@@ -52,6 +53,7 @@ for name, sub in {
 sweep_app.command("compare")(compare)
 app.command()(pretrain)
 app.command()(predict)
+app.command()(doctor)
 
 REFERENCE_WORDS = ("out", "reference", "packed", "processes")  # what may be said with --reference
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a setting, as in train.lr=0.001; may be repeated.")]
