@@ -23,11 +23,14 @@ from deepdisc_ops.config import Settings
 from deepdisc_ops.errors import ConfigError, Requeue
 from deepdisc_ops.sweeps import search, space, trial
 from deepdisc_ops.sweeps.record import Progress, Recorder, SweepResult
-from deepdisc_ops.sweeps.session import interruptible, ray_session
+from deepdisc_ops.sweeps.session import NodeWatch, interruptible, ray_session
 from deepdisc_ops.sweeps.space import SweepSpec
 from deepdisc_ops.tracking import Tracker, default_uri
 
 log = logging.getLogger(__name__)
+
+RAY_STARTS = 3
+"""Of this machine's own Ray, should it lose its node; each goes on where the last one ended."""
 
 
 class Manifest(Settings):
@@ -55,7 +58,7 @@ def run_sweep(
     paths. ``train`` is an importable function with the signature of `deepdisc_ops.training.loop.train`, the default. SIGTERM,
     SIGUSR1 and SIGINT end the sweep in order: trials stop at their last checkpoint, runs are closed as KILLED, and `Requeue`
     is raised, or SystemExit for SIGINT; the same call then resumes, as it does after any crash. Raises ConfigError for a folder
-    that holds another sweep, TrainingError if no trial is usable.
+    that holds another sweep, TrainingError if no trial is usable. This machine's own Ray is started again if it dies.
     """
     out = out.absolute()
     if train is None:
@@ -66,14 +69,16 @@ def run_sweep(
         log.info("sweep %s in %s is already finished", spec.name, out)
         return recorder.close()
     try:
-        with (
-            interruptible() as signals,
-            ray_session(spec.resources, ray_address),
-            _listening(manifest.sweep_id, recorder),
-        ):
-            failed = _fit(spec, out, manifest.sweep_id, train, again=recorder.lost())
+        with interruptible() as signals:
+            for _ in range(1 if ray_address else RAY_STARTS):
+                with ray_session(spec.resources, ray_address), _listening(manifest.sweep_id, recorder) as nodes:
+                    failed = _fit(spec, out, manifest.sweep_id, train, again=recorder.lost())
+                if signals or not nodes.lost:
+                    break
         if signal.SIGINT in signals:
             raise SystemExit(128 + signal.SIGINT)
+        if nodes.lost and failed is None and not signals:
+            raise Requeue(f"sweep {spec.name} has lost the nodes of Ray; everything is saved in {out}, the same command goes on")
         if signals or failed is None:
             raise Requeue(f"sweep {spec.name} was told to stop; everything is saved in {out}, the same command goes on from there")
     except BaseException:
@@ -94,6 +99,10 @@ class Forwarder(tune.Callback):  # type: ignore[misc]  # ray is untyped
         """Events of the sweep ``sweep_id`` only."""
         self._sweep_id = sweep_id
 
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """Once more around the loop."""
+        _NODES[self._sweep_id].look()
+
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial begins or continues."""
         _RECORDERS[self._sweep_id].started(trial.trial_id, trial.config)
@@ -113,15 +122,17 @@ class Forwarder(tune.Callback):  # type: ignore[misc]  # ray is untyped
 
 _RECORDERS: dict[str, Recorder] = {}
 """Recorders of the running sweeps, by sweep id."""
+_NODES: dict[str, NodeWatch] = {}
+"""Who looks whether they still have nodes."""
 
 
 @contextmanager
-def _listening(sweep_id: str, recorder: Recorder) -> Iterator[None]:
-    _RECORDERS[sweep_id] = recorder
+def _listening(sweep_id: str, recorder: Recorder) -> Iterator[NodeWatch]:
+    _RECORDERS[sweep_id], _NODES[sweep_id] = recorder, NodeWatch()
     try:
-        yield
+        yield _NODES[sweep_id]
     finally:
-        del _RECORDERS[sweep_id]
+        del _RECORDERS[sweep_id], _NODES[sweep_id]
 
 
 def _fit(spec: SweepSpec, out: Path, sweep_id: str, train: trial.Train, *, again: bool) -> set[str] | None:

@@ -5,14 +5,18 @@ from __future__ import annotations
 import logging
 import signal
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
-from deepdisc_ops.errors import ConfigError
+from deepdisc_ops.errors import ConfigError, TrainingError
 from deepdisc_ops.ray_session import joined_ray, own_ray, signals_restored
 from deepdisc_ops.sweeps.space import Resources
 
+log = logging.getLogger(__name__)
+
+LOOK_EVERY_S = 5.0
 ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
@@ -57,6 +61,29 @@ def interruptible() -> Iterator[list[int]]:
         signal.signal(signal.SIGTERM, handle)
         signal.signal(signal.SIGINT, handle)
         yield caught
+
+
+class NodeWatch:
+    """Ends Ray Tune's loop when Ray has no node left, where it would wait for one for ever; ``lost`` tells that it did."""
+
+    def __init__(self) -> None:
+        self.lost = False
+        self._next = 0.0
+
+    def look(self) -> None:
+        """Look at the nodes, if that was not done just now."""
+        if self.lost or time.monotonic() < self._next:
+            return
+        self._next = time.monotonic() + LOOK_EVERY_S
+        import ray
+
+        if any(node["Alive"] for node in ray.nodes()):
+            return
+        self.lost = True
+        log.warning("Ray has lost its last node; what was running goes on from its last checkpoint")
+        if signal.getsignal(signal.SIGUSR1) in (signal.SIG_DFL, signal.SIG_IGN, None):  # Tune does not listen in a thread
+            raise TrainingError("Ray has lost its last node; the same command goes on from the last checkpoints")
+        signal.raise_signal(signal.SIGUSR1)
 
 
 def check_room(resources: Resources, nodes: Sequence[Mapping[str, float]]) -> None:

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import psutil
@@ -220,6 +221,44 @@ def test_a_killed_process_costs_nothing_but_time(case: str, spaced: Path) -> Non
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert "as undisturbed" in done.stdout
+
+
+def test_a_sweep_whose_ray_has_lost_its_only_node_starts_it_anew(
+    spaced: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import learning_curves
+
+    quick = {"initial_delay_ms": 500, "period_ms": 500, "timeout_ms": 2000, "failure_threshold": 2}
+    for name, value in quick.items():
+        monkeypatch.setenv(f"RAY_health_check_{name}", str(value))
+    killed: list[int] = []
+
+    def kill_the_node() -> None:
+        for process in wait_for_journal(spaced / "trials"):
+            if process.name() == "raylet":
+                process.kill()
+                killed.append(process.pid)
+
+    spec = fake_spec([0.1, 0.2, 0.4], base={"train": {"steps": 80, "weight_decay": 1.0, "warmup_steps": 0}}, concurrency=1)
+    killer = Thread(target=kill_the_node)
+    killer.start()
+    result = run_sweep(spec, spaced, train=learning_curves.train)
+    killer.join()
+    assert len(killed) == 1
+    assert "lost its last node" in caplog.text
+    assert [(trial.state, trial.step) for trial in result.trials] == [("finished", 80)] * 3
+    assert_one_run_per_trial(result.tracking_uri, result.parent_run_id, 3)
+    assert not [child for child in psutil.Process().children(recursive=True) if child.pid in killed and child.status() != "zombie"]
+
+
+def wait_for_journal(trials: Path) -> list[psutil.Process]:
+    """Wait for two reports; returns the processes of this one."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if any(journal.read_text().count("\n") >= 2 for journal in trials.glob("*/metrics.jsonl")):
+            return psutil.Process().children(recursive=True)
+        time.sleep(0.1)
+    return []
 
 
 def first_trial(out: Path) -> str:

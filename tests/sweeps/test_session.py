@@ -5,8 +5,9 @@ import signal
 
 import pytest
 
-from deepdisc_ops.errors import ConfigError
-from deepdisc_ops.sweeps.session import check_room, interruptible
+from deepdisc_ops.errors import ConfigError, TrainingError
+from deepdisc_ops.sweeps import session
+from deepdisc_ops.sweeps.session import NodeWatch, check_room, interruptible
 from deepdisc_ops.sweeps.space import Resources
 
 
@@ -36,3 +37,21 @@ def test_a_signal_outside_of_the_loop_ends_at_once() -> None:
     with pytest.raises(SystemExit) as ended, interruptible():
         os.kill(os.getpid(), signal.SIGTERM)
     assert ended.value.code == 128 + signal.SIGTERM
+
+
+def test_a_loop_without_nodes_is_ended_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    alive, heard = [True, False], []
+    monkeypatch.setattr("ray.nodes", lambda: [{"Alive": one} for one in alive])
+    monkeypatch.setattr(session, "LOOK_EVERY_S", 0.0)
+    watch = NodeWatch()
+    with interruptible():
+        signal.signal(signal.SIGUSR1, lambda received, frame: heard.append(received))
+        watch.look()
+        assert (watch.lost, heard) == (False, [])
+        alive[0] = False
+        watch.look()
+        watch.look()
+    assert (watch.lost, heard) == (True, [signal.SIGUSR1])
+    assert caplog.text.count("lost its last node") == 1
+    with pytest.raises(TrainingError, match="the same command goes on"):
+        NodeWatch().look()
