@@ -94,6 +94,10 @@ class Dataset:
         self.settings = dict(settings or {})
         self._shards = Shards.listed(path)
 
+    def __repr__(self) -> str:
+        splits = ", ".join(f"{count} {split}" for split, count in self.split_sizes.items())
+        return f"<Dataset {self.path}: {splits or 'no'} images, bands {' '.join(self.info.bands)}>"
+
     def refresh(self) -> Dataset:
         """The same data set as it is now."""
         return Dataset(self.info, self.path, self.settings)

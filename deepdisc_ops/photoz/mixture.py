@@ -60,6 +60,9 @@ class GaussianMixture:
     def __len__(self) -> int:
         return len(self.logits)
 
+    def __repr__(self) -> str:
+        return f"<GaussianMixture of {len(self)} objects, {self.logits.shape[1]} components each>"
+
     @classmethod
     def from_arrays(cls, weights: object, means: object, sigmas: object) -> GaussianMixture:
         """Build from weights, means and sigmas (N, K), in double precision; means and sigmas of weight 0 may be anything."""

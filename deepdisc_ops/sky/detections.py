@@ -57,6 +57,13 @@ class Detections:
     def __len__(self) -> int:
         return len(self.boxes)
 
+    def __repr__(self) -> str:
+        flagged = {flag.name.lower(): int(np.count_nonzero(self.flags & flag)) for flag in Flag if flag.name}
+        told = [f"{len(self)} objects", f"{self.weights.shape[1]} components"]
+        told += [f"{count} {name}" for name, count in flagged.items() if count]
+        told += ["masks"] * (self.masks is not None) + list(self.extra)
+        return f"<Detections {', '.join(told)}>"
+
     @property
     def centres(self) -> Array:
         """(N, 2) x, y in astropy's 0-based pixel coordinates (the centre of the first pixel is 0, 0)."""

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from deepdisc_ops.errors import ImageError
 from deepdisc_ops.sky.array_planes import SUFFIXES, array_planes
-from deepdisc_ops.sky.coordinates import grid_offset_pixels, pixel_area_arcsec2, window_wcs
+from deepdisc_ops.sky.coordinates import grid_offset_pixels, icrs_positions, pixel_area_arcsec2, window_wcs
 from deepdisc_ops.sky.fits_planes import fits_planes
 from deepdisc_ops.sky.planes import Plane, Wishes
 from deepdisc_ops.sky.tiling import Window
@@ -46,6 +46,10 @@ class SkyImage:
     invalid: NDArray[np.bool_] | None = None
     variance: NDArray[np.float32] | None = None
 
+    def __repr__(self) -> str:
+        height, width = self.mask.shape
+        return f"<SkyImage {_told(width, height, self.pixel_scale, self.bands, self.wcs)}, {self.mask.mean():.0%} invalid>"
+
 
 class Mosaic:
     """Bands on one pixel grid, opened but not loaded; `read` gives windows. Threads may share it.
@@ -58,6 +62,9 @@ class Mosaic:
         self._blank = blank
         self._zeros_seen: set[str] = set()
         self.pixel_scale = pixel_scale
+
+    def __repr__(self) -> str:
+        return f"<Mosaic {_told(self.width, self.height, self.pixel_scale, self.bands, self.wcs)}>"
 
     @property
     def bands(self) -> tuple[str, ...]:
@@ -139,6 +146,15 @@ class Mosaic:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _told(width: int, height: int, pixel_scale: float, bands: Sequence[str], wcs: WCS | None) -> str:
+    """Size, bands and centre in the words of an astronomer."""
+    told = f"{width} x {height} pixels of {pixel_scale:.3g} arcsec, bands {' '.join(bands)}"
+    if wcs is None:
+        return f"{told}, nowhere on the sky"
+    ra, dec = icrs_positions(wcs, np.array([(width - 1) / 2]), np.array([(height - 1) / 2]))
+    return f"{told}, centre {ra[0]:.5f} {dec[0]:+.5f} deg"
 
 
 def open_mosaic(

@@ -26,15 +26,11 @@ class ParquetFile:
         import pyarrow as pa
         import pyarrow.parquet as parquet
 
-        arrays = [_arrow(np.asarray(rows[name])) for name in rows.colnames]
+        part = arrow_table(rows)
         if self._writer is None:
             self._known = dict(rows.meta)
-            fields = [
-                pa.field(name, array.type, metadata=_field_metadata(rows[name]))
-                for name, array in zip(rows.colnames, arrays, strict=True)
-            ]
-            self._writer = parquet.ParquetWriter(self._file, pa.schema(fields, metadata=self._known), compression="zstd")
-        self._writer.write_table(pa.Table.from_arrays(arrays, schema=self._writer.schema))
+            self._writer = parquet.ParquetWriter(self._file, part.schema, compression="zstd")
+        self._writer.write_table(pa.Table.from_arrays(part.columns, schema=self._writer.schema))
 
     def close(self, provenance: Mapping[str, str]) -> None:
         """Finish the file; what ``provenance`` has beyond the first part's goes to the end of the file."""
@@ -73,6 +69,16 @@ def read_parquet(path: Path) -> Table:
     provenance = {**(source.schema.metadata or {}), **described}
     table.meta.update({key.decode(): value.decode() for key, value in provenance.items() if key != b"ARROW:schema"})
     return table
+
+
+def arrow_table(rows: Table) -> Any:
+    """``rows`` as a pyarrow table: mixtures as lists, units and descriptions with the fields, provenance with the schema."""
+    import pyarrow as pa
+
+    arrays = [_arrow(np.asarray(rows[name])) for name in rows.colnames]
+    described = zip(rows.colnames, arrays, strict=True)
+    fields = [pa.field(name, array.type, metadata=_field_metadata(rows[name])) for name, array in described]
+    return pa.Table.from_arrays(arrays, schema=pa.schema(fields, metadata={key: str(value) for key, value in rows.meta.items()}))
 
 
 def _arrow(column: Array) -> Any:
