@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
 import deepdisc_ops
 from deepdisc_ops.cli.archive import archive_app
@@ -19,6 +18,7 @@ from deepdisc_ops.cli.compare import compare
 from deepdisc_ops.cli.console import console, progress_bar
 from deepdisc_ops.cli.data import data_app
 from deepdisc_ops.cli.doctor import doctor
+from deepdisc_ops.cli.evaluate import evaluate
 from deepdisc_ops.cli.members import members_app
 from deepdisc_ops.cli.model import model_app
 from deepdisc_ops.cli.predict import predict
@@ -53,6 +53,7 @@ for name, sub in {
 sweep_app.command("compare")(compare)
 app.command()(pretrain)
 app.command()(predict)
+app.command()(evaluate)
 app.command()(doctor)
 
 REFERENCE_WORDS = ("out", "reference", "packed", "processes")  # what may be said with --reference
@@ -204,29 +205,6 @@ def train(
         best = loop.train(loaded, out, report=report, world=world)
     if world is None or world.main:
         console.print(f"best checkpoint in {best}, curves in {out / 'loss.png'}")
-
-
-@app.command()
-def evaluate(
-    catalog: Annotated[Path, typer.Argument(help="Catalogue made by `predict`.")],
-    truth: Annotated[Path, typer.Option(help="Simulated mosaic (its TRUTH table and pixels), or a truth catalogue.")],
-    out: Annotated[Path, typer.Option(help="Folder for metrics.json and figures.")] = Path("evaluation"),
-    gold_band: Annotated[str, typer.Option(help="Band of the gold cut.")] = "i",
-    gold_limit: Annotated[float, typer.Option(help="Faint limit of the gold sample, AB mag.")] = 25.3,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the bootstrap.")] = 0,
-) -> None:
-    """Compare a catalogue with truth: completeness, purity, redshift metrics with errors, figures.
-
-    Example: `deepdisc-ops evaluate catalog.parquet --truth mosaic.fits --out evaluation`
-    """
-    from deepdisc_ops import report
-
-    result = report.evaluate_files(catalog, truth, out, gold_band=gold_band, gold_limit=gold_limit, seed=seed)
-    table = Table("figure", "value", title=f"{catalog} against {truth}")
-    for name, value in report.rows(result):
-        table.add_row(name, value)
-    console.print(table)
-    console.print(f"metrics.json and figures in {out}")
 
 
 @setup_app.command("detectron2")

@@ -6,7 +6,7 @@ Glossary: N catalogue objects, T truth sources, M gold galaxies that were found.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from deepdisc_ops.errors import CatalogError
 from deepdisc_ops.photoz import metrics
 from deepdisc_ops.photoz.mixture import GaussianMixture
-from deepdisc_ops.sky.matching import centre_separation_arcsec, chance_matches, match_on_sky
+from deepdisc_ops.sky.matching import centre_separation_arcsec, chance_matches, match_on_sky, same_place
 
 Floats = NDArray[np.float64]
 Indices = NDArray[np.int64]
@@ -25,6 +25,17 @@ Indices = NDArray[np.int64]
 GALAXY = 0
 CATALOG_COLUMNS = ("ra", "dec", "z_mode", "mix_weights", "mix_means", "mix_sigmas")
 TRUTH_COLUMNS = ("ra", "dec", "class", "redshift")
+ESTIMATES = {"mode": "z_mode", "best": "z_best", "median": "z_median", "mean": "z_mean"}
+"""Point estimates and their columns; a catalogue need not have more than the mode."""
+BINS, LEAST_IN_BIN, BINNED_SAMPLES = 8, 20, 100
+BLENDEDNESS_EDGES = (0.0, 0.02, 0.05, 0.1, 0.2, 1.0)
+"""Most galaxies are hardly blended; of equal counts, no bin would hold the others alone."""
+BLEND_ARCSEC = 2.0
+"""Galaxies above the gold limit that are nearer than this to each other are a blend."""
+BLENDED = 0.2
+"""Blendedness above which a galaxy counts as significantly blended (LSST paper)."""
+SAME_ARCSEC = 0.001
+"""Sources of a truth nearer than this are one source listed twice."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +46,12 @@ class Evaluation:
     one-to-one to any truth source. Each has its rate of chance matches: what it would be if catalogue and truth had nothing
     to do with each other. The redshift figures are of the M matched gold galaxies: ``lsst`` and ``jades`` of the mode,
     PIT of the mixture cut at z = 0, mean negative log likelihood of the mixture as it is (as in training).
-    ``sigma_iqr_constant`` is the scatter of always answering ``z_constant``, the mode of the matched galaxies' n(z).
+    ``points``: every estimate the catalogue has (mode, best, median, mean) in the LSST convention; ``densities``: the whole
+    PDFs; ``recovery``: outliers that the second peak saves; ``binned``: the mode against each column of the truth that is
+    there. ``classes``: stars and galaxies among matched objects; ``blends``: groups of gold galaxies within `BLEND_ARCSEC` all
+    found one by one; ``blended``: completeness of those whose blendedness is above `BLENDED`; None where there are none or
+    truth does not say. ``n_duplicates`` sources of the truth, equal to another, were left out. ``sigma_iqr_constant`` is the
+    scatter of always answering ``z_constant``, the mode of the matched galaxies' n(z).
     Indices: ``gold_truth`` and ``gold_catalog`` (M,) pairs; ``real`` (N,) bool, catalogue objects matched to any truth
     source; ``is_gold`` and ``found`` (T,) bool, gold galaxies and sources matched to any catalogue object.
     """
@@ -57,6 +73,14 @@ class Evaluation:
     mean_nll: float
     z_constant: float
     sigma_iqr_constant: float
+    n_duplicates: int
+    points: Mapping[str, metrics.PointMetrics]
+    densities: metrics.DensityMetrics
+    recovery: metrics.Recovery | None
+    binned: Mapping[str, Sequence[metrics.Bin]]
+    classes: Sequence[metrics.ClassShares]
+    blends: metrics.Share | None
+    blended: metrics.Share | None
     pit: Floats
     gold_truth: Indices
     gold_catalog: Indices
@@ -93,33 +117,35 @@ def evaluate(
     mag_column = f"mag_{gold_band}"
     _require_columns(catalog, CATALOG_COLUMNS, "the catalogue")
     _require_columns(truth, (*TRUTH_COLUMNS, mag_column), "the truth")
-    sky = [_column(table, name) for table in (truth, catalog) for name in ("ra", "dec")]
-    is_gold = (_column(truth, "class") == GALAXY) & (_column(truth, mag_column) < gold_limit)
+    once = _listed_once(truth, mag_column)
+    sky = [_column(truth, "ra")[once], _column(truth, "dec")[once], _column(catalog, "ra"), _column(catalog, "dec")]
+    is_gold = np.zeros(len(truth), bool)
+    is_gold[once] = ((_column(truth, "class") == GALAXY) & (_column(truth, mag_column) < gold_limit))[once]
     if not is_gold.any():
         raise CatalogError(
             f"none of the {len(truth)} truth sources is a galaxy with {mag_column} < {gold_limit}; give a fainter limit"
         )
 
     gold = np.flatnonzero(is_gold)
-    gold_ra, gold_dec = sky[0][gold], sky[1][gold]
+    gold_ra, gold_dec = _column(truth, "ra")[gold], _column(truth, "dec")[gold]
     found = match_on_sky(gold_ra, gold_dec, sky[2], sky[3], radius_arcsec)
     if not len(found):
         raise CatalogError(_why_no_match(sky, radius_arcsec))
     to_any = match_on_sky(sky[2], sky[3], sky[0], sky[1], radius_arcsec)
-    gold_truth, gold_catalog = gold[found.index1], found.index2
+    gold_truth, gold_catalog, any_truth = gold[found.index1], found.index2, once[to_any.index2]
     z_true = _redshifts(truth, "redshift", gold_truth, "true redshifts")
     z_mode = _redshifts(catalog, "z_mode", gold_catalog, "z_mode values")
     lsst, jades = (metrics.point_metrics(z_mode, z_true, convention, rng) for convention in metrics.CONVENTIONS)
-    pit, nll = _density_scores(catalog, gold_catalog, z_true)
+    pit, nll, cde = _density_scores(catalog, gold_catalog, z_true)
     z_constant = metrics.most_common_redshift(z_true)
     constant = metrics.residual(np.full_like(z_true, z_constant), z_true, "lsst")
     real = np.zeros(len(catalog), bool)
     real[to_any.index1] = True
     has_match = np.zeros(len(truth), bool)
-    has_match[to_any.index2] = True
+    has_match[any_truth] = True
     return Evaluation(
         n_catalog=len(catalog),
-        n_truth=len(truth),
+        n_truth=len(once),
         n_gold=len(gold),
         n_matched=len(found),
         gold_band=gold_band,
@@ -135,6 +161,14 @@ def evaluate(
         mean_nll=float(nll.mean()),
         z_constant=z_constant,
         sigma_iqr_constant=float(metrics.sigma_iqr(constant)),
+        n_duplicates=len(truth) - len(once),
+        points={"mode": lsst} | _other_points(catalog, gold_catalog, z_true, rng),
+        densities=metrics.density_metrics_of(pit, nll, cde, rng),
+        recovery=_recovery(catalog, gold_catalog, z_mode, z_true),
+        binned=_binned(truth, gold_truth, mag_column, z_mode, z_true, rng),
+        classes=_classes(catalog, truth, to_any.index1, any_truth),
+        blends=_blends(gold_ra, gold_dec, found.index1),
+        blended=_blended(truth, is_gold, gold_truth),
         pit=pit,
         gold_truth=gold_truth,
         gold_catalog=gold_catalog,
@@ -151,11 +185,83 @@ def catalog_mixture(catalog: Table, index: Indices | None = None) -> GaussianMix
     return GaussianMixture.from_arrays(weights, means, sigmas)
 
 
-def _density_scores(catalog: Table, index: Indices, z_true: Floats) -> tuple[Floats, Floats]:
-    """PIT and negative log likelihood (M,) of the true redshifts."""
+def _density_scores(catalog: Table, index: Indices, z_true: Floats) -> tuple[Floats, Floats, Floats]:
+    """PIT, negative log likelihood and CDE loss (M,) at the true redshifts."""
+    weights, means, sigmas = (_column(catalog, name)[index] for name in ("mix_weights", "mix_means", "mix_sigmas"))
+    cde = metrics.cde_loss(weights, means, sigmas, z_true)
     mixture = catalog_mixture(catalog, index)
     z = mixture.means.new_tensor(z_true)
-    return mixture.truncated_cdf(z).numpy(), -mixture.log_prob(z).numpy()
+    return mixture.truncated_cdf(z).numpy(), -mixture.log_prob(z).numpy(), cde
+
+
+def _other_points(catalog: Table, index: Indices, z_true: Floats, rng: np.random.Generator) -> dict[str, metrics.PointMetrics]:
+    """Metrics of the estimates besides the mode."""
+    there = {name: column for name, column in ESTIMATES.items() if name != "mode" and column in catalog.colnames}
+    estimates = {name: _redshifts(catalog, column, index, f"{column} values") for name, column in there.items()}
+    return {name: metrics.point_metrics(z, z_true, "lsst", rng) for name, z in estimates.items()}
+
+
+def _recovery(catalog: Table, index: Indices, z_mode: Floats, z_true: Floats) -> metrics.Recovery | None:
+    if not {"z_second_peak", "z_second_weight"} <= set(catalog.colnames):
+        return None
+    second, weight = (_column(catalog, name)[index] for name in ("z_second_peak", "z_second_weight"))
+    return metrics.secondary_peak_recovery(z_mode, second, weight, z_true, "lsst")
+
+
+def _binned(
+    truth: Table, index: Indices, mag_column: str, z_mode: Floats, z_true: Floats, rng: np.random.Generator
+) -> dict[str, list[metrics.Bin]]:
+    """The mode in bins of equal numbers of galaxies, against what the truth tells of them."""
+    binned = {}
+    for name in ("redshift", mag_column, "ebv", "blendedness", "psf_fwhm"):
+        values = _column(truth, name)[index] if name in truth.colnames else np.zeros(0)
+        if np.isfinite(values).any() and np.nanmin(values) < np.nanmax(values):
+            count = min(BINS, max(1, len(values) // LEAST_IN_BIN))
+            edges = np.array(BLENDEDNESS_EDGES) if name == "blendedness" else metrics.equal_counts(values, count)
+            binned[name] = metrics.binned_metrics(
+                z_mode, z_true, values, edges, "lsst", rng, samples=BINNED_SAMPLES, least=LEAST_IN_BIN
+            )
+    return {name: bins for name, bins in binned.items() if bins}
+
+
+def _classes(catalog: Table, truth: Table, index: Indices, truth_index: Indices) -> tuple[metrics.ClassShares, ...]:
+    """Star and galaxy among matched objects; none where the catalogue has no classes."""
+    if "class" not in catalog.colnames:
+        return ()
+    return metrics.class_shares(_column(truth, "class")[truth_index], _column(catalog, "class")[index])
+
+
+def _blends(ra: Floats, dec: Floats, matched: Indices) -> metrics.Share | None:
+    """Groups of gold galaxies at ra, dec all of whose members are among those ``matched``."""
+    hit = np.zeros(ra.size, bool)
+    hit[matched] = True
+    east = (ra - ra[0] + 180) % 360 - 180
+    return metrics.blends_recognised(east * np.cos(np.radians(dec)) * 3600, dec * 3600, BLEND_ARCSEC, hit)
+
+
+def _blended(truth: Table, is_gold: NDArray[np.bool_], matched: Indices) -> metrics.Share | None:
+    if "blendedness" not in truth.colnames:
+        return None
+    wanted = is_gold & (_column(truth, "blendedness") > BLENDED)
+    return metrics.completeness(wanted, matched) if wanted.any() else None
+
+
+def _listed_once(truth: Table, mag_column: str) -> Indices:
+    """Rows of the truth without the copies of others; raises CatalogError where two of one place contradict each other."""
+    ra, dec = _column(truth, "ra"), _column(truth, "dec")
+    if not (np.isfinite(ra) & np.isfinite(dec)).all():
+        return np.arange(len(truth))  # matching says how many are not finite
+    first, second = same_place(ra, dec, SAME_ARCSEC)
+    for name in ("class", "redshift", mag_column):
+        values = _column(truth, name)
+        differ = ~np.isclose(values[first], values[second], rtol=0, atol=1e-6, equal_nan=True)
+        if differ.any():
+            i, j = int(first[differ][0]), int(second[differ][0])
+            raise CatalogError(
+                f"{int(differ.sum())} pairs of truth sources lie at one place and differ in {name}, such as rows "
+                f"{i} ({values[i]:g}) and {j} ({values[j]:g}); leave the wrong ones out of the table"
+            )
+    return np.setdiff1d(np.arange(len(truth)), second)
 
 
 def _column(table: Table, name: str) -> Floats:
@@ -190,4 +296,7 @@ def _why_no_match(sky: Sequence[Floats], radius_arcsec: float) -> str:
 def _finite_or_none(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _finite_or_none(item) for name, item in value.items()}
+    if isinstance(value, tuple | list):
+        named = value._asdict() if hasattr(value, "_asdict") else None
+        return [_finite_or_none(item) for item in value] if named is None else _finite_or_none(named)
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -53,6 +53,15 @@ def match_on_sky(ra1: ArrayLike, dec1: ArrayLike, ra2: ArrayLike, dec2: ArrayLik
     return _match_directions(_directions(ra1, dec1, "first"), _directions(ra2, dec2, "second"), radius_arcsec)
 
 
+def same_place(ra: ArrayLike, dec: ArrayLike, radius_arcsec: float) -> tuple[Indices, Indices]:
+    """All pairs i < j (P,), (P,) of one list that are at most ``radius_arcsec`` apart, in the order of i; positions in degrees."""
+    places = _directions(ra, dec, "first")
+    pairs = cKDTree(places).query_pairs(_chord(radius_arcsec), output_type="ndarray") if len(places) else np.zeros((0, 2), np.int64)
+    first, second = pairs.astype(np.int64).T
+    order = np.lexsort((second, first))
+    return first[order], second[order]
+
+
 def match_in_plane(points1: ArrayLike, points2: ArrayLike, radius: float) -> tuple[Indices, Indices]:
     """Indices of the one-to-one matches of finite points (N, 2) within ``radius``, by increasing distance."""
     first, second = (np.asarray(points, np.float64).reshape(-1, 2) for points in (points1, points2))
@@ -143,10 +152,14 @@ def _match_directions(first: Floats, second: Floats, radius_arcsec: float) -> Ma
         raise ValueError(f"radius_arcsec is {radius_arcsec}; expected a positive number of arcsec")
     if not len(first) or not len(second):
         return Matches(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))
-    chord = 2 * math.sin(min(radius_arcsec * ARCSEC, math.pi) / 2)
-    i, j, distance = _pairs_within(first, second, chord, norm=2)
+    i, j, distance = _pairs_within(first, second, _chord(radius_arcsec), norm=2)
     accepted = _one_to_one(i, j, distance)
     return Matches(i[accepted], j[accepted], 2 * np.arcsin(np.minimum(distance[accepted] / 2, 1)) / ARCSEC)
+
+
+def _chord(radius_arcsec: float) -> float:
+    """Distance between two unit vectors that are ``radius_arcsec`` apart."""
+    return 2 * math.sin(min(radius_arcsec * ARCSEC, math.pi) / 2)
 
 
 def _pairs_within(first: Floats, second: Floats, distance: float, norm: float) -> tuple[Indices, Indices, Floats]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from astropy.table import Table
+from astropy.table import Table, vstack
 from scipy.stats import kstest
 
 from deepdisc_ops.errors import CatalogError
@@ -177,3 +177,56 @@ def test_redshifts_that_are_nan_are_counted(tables: tuple[Table, Table], which: 
     changed[which][column][(evaluation.gold_catalog, evaluation.gold_truth)[which][:7]] = np.nan
     with pytest.raises(CatalogError, match=f"7 of the {evaluation.n_matched} {message}"):
         run(*changed)
+
+
+def test_sources_listed_twice_count_once(tables: tuple[Table, Table], evaluation: Evaluation) -> None:
+    catalog, truth = tables
+    twice = run(catalog, vstack([truth, truth[:70]]))
+    assert twice.n_duplicates == 70
+    for name in ("n_truth", "n_gold", "n_matched", "completeness", "purity", "pit_ks"):
+        assert getattr(twice, name) == getattr(evaluation, name)
+    assert twice.gold_truth.max() < len(truth)
+    contradiction = truth[:1].copy()
+    contradiction["redshift"] += 1
+    with pytest.raises(CatalogError, match=r"1 pairs of truth sources lie at one place and differ in redshift, such as rows 0"):
+        run(catalog, vstack([truth, contradiction]))
+
+
+def test_every_estimate_bin_and_class_is_told(tables: tuple[Table, Table], evaluation: Evaluation) -> None:
+    catalog, truth = tables
+    assert list(evaluation.points) == ["mode", "best", "median", "mean"]
+    assert evaluation.points["mode"] == evaluation.lsst
+    assert list(evaluation.binned) == ["redshift"]  # all gold galaxies have one magnitude
+    assert sum(one.metrics.n for one in evaluation.binned["redshift"]) == evaluation.n_matched
+    assert evaluation.densities.ks.value == pytest.approx(evaluation.pit_ks)
+    assert (evaluation.classes, evaluation.blended) == ((), None)
+    classed, blended = catalog.copy(), truth.copy()
+    classed["class"] = 0
+    blended["blendedness"] = np.where(np.arange(len(truth)) % 3 == 0, 0.5, 0.0)
+    more = run(classed, blended)
+    galaxy, star = more.classes
+    assert (galaxy.completeness.value, star.completeness.value) == (1, 0)  # type: ignore[union-attr]
+    assert star.purity is None
+    assert more.blended is not None
+    assert more.blended.n == (more.is_gold & (np.arange(len(truth)) % 3 == 0)).sum()
+    assert [one.high for one in more.binned["blendedness"]] == [0.02, 1.0]
+    json.dumps(more.as_dict(), allow_nan=False)
+
+
+def test_all_redshifts_may_be_wrong(tables: tuple[Table, Table]) -> None:
+    catalog, truth = (table.copy() for table in tables)
+    catalog["z_mode"] = 9.0
+    evaluation = run(catalog, truth)
+    assert evaluation.jades.outlier_fraction == 1
+    assert json.dumps(evaluation.as_dict(), allow_nan=False)
+
+
+def test_densities_beyond_all_redshifts_are_judged_and_unusable_ones_named(tables: tuple[Table, Table]) -> None:
+    catalog, truth = (table.copy() for table in tables)
+    catalog["mix_means"] += 40
+    evaluation = run(catalog, truth)
+    assert evaluation.pit_ks == pytest.approx(1)
+    assert evaluation.densities.pit_beyond == 1
+    catalog["mix_sigmas"] = np.nan
+    with pytest.raises(CatalogError, match="densities have no component"):
+        run(catalog, truth)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from deepdisc_ops.errors import InputError
 from deepdisc_ops.photoz import figures
-from deepdisc_ops.photoz.metrics import point_metrics
+from deepdisc_ops.photoz.metrics import Recovery, binned_metrics, equal_counts, point_metrics, share
 from deepdisc_ops.photoz.mixture import GaussianMixture
 
 
@@ -171,3 +171,54 @@ def test_labels_of_close_sizes_do_not_run_into_each_other() -> None:
     series = {"a": scaling_series([1.0, 2.0, 3.0], size=(1.0, 1.01, 40.0))}
     (axes,) = figures.scaling_curves(series, ["val_nll"], size="parameters").axes
     np.testing.assert_allclose(axes.get_xticks(), [1.0, 40.0])
+
+
+def test_binned_statistics_show_every_series_and_the_requirements(rng: np.random.Generator, spaced: Path) -> None:
+    z_true, z_phot = redshifts(300, rng)
+    bins = binned_metrics(z_phot, z_true, z_true, equal_counts(z_true, 4), "lsst", rng, samples=5)
+    figure = figures.binned_statistics({"mode": bins, "mean": bins[:2], "none": []}, "redshift")
+    assert png(figure, spaced).std() > 5
+    assert {"mode", "mean", "LSST requirement"} == {text.get_text() for text in figure.axes[0].get_legend().get_texts()}
+    with pytest.raises(InputError, match="no bin of redshift"):
+        figures.binned_statistics({"mode": []}, "redshift")
+
+
+def test_coverage_of_right_levels_is_the_diagonal(rng: np.random.Generator, spaced: Path) -> None:
+    figure = figures.coverage_figure({"equal-tailed": (np.arange(1000) + 0.5) / 1000})
+    x, y = figure.axes[0].lines[0].get_data()
+    np.testing.assert_allclose(x, y, atol=0.002)
+    assert png(figure, spaced).std() > 5
+    with pytest.raises(InputError, match="no credibility levels"):
+        figures.coverage_figure({})
+
+
+@pytest.mark.parametrize("n", [1, 500])
+def test_normalised_residuals_count_what_lies_beyond(n: int, rng: np.random.Generator, spaced: Path) -> None:
+    figure = figures.normalised_residuals(np.r_[rng.standard_normal(n - 1), 99.0])
+    assert png(figure, spaced).std() > 5
+    assert f"beyond 5: {1 / n:.2%}" in texts(figure)
+
+
+@pytest.mark.parametrize("n", [1, 300])
+def test_the_redshift_distribution_has_the_mean_of_the_densities(n: int, rng: np.random.Generator, spaced: Path) -> None:
+    z_true, z_phot = redshifts(n, rng)
+    grid = np.linspace(0, 4, 401)
+    density = np.exp(-0.5 * ((grid - 1.5) / 0.1) ** 2)
+    figure = figures.redshift_distribution(z_true, z_phot, grid, density)
+    assert png(figure, spaced).std() > 5
+    assert "of p(z) 1.5000" in texts(figure)
+    with pytest.raises(InputError, match="expected objects"):
+        figures.redshift_distribution([], [], grid, density)
+
+
+def test_recovery_tells_the_number_of_outliers(spaced: Path) -> None:
+    recovery = Recovery(share(3, 10, "outliers"), (0.0, 0.1, 0.5), (share(1, 7, "outliers"), None))
+    figure = figures.recovery_figure(recovery)
+    assert png(figure, spaced).std() > 5
+    assert "all 10 outliers: 0.30" in texts(figure)
+
+
+@pytest.mark.parametrize(("suffix", "start"), [("svg", b"<?xml"), ("pdf", b"%PDF"), ("png", b"\x89PNG")])
+def test_figures_are_written_as_their_name_ends(suffix: str, start: bytes, spaced: Path) -> None:
+    figures.write_figure(figures.pit_figure([0.1, 0.5]), spaced / f"figure.{suffix}")
+    assert (spaced / f"figure.{suffix}").read_bytes().startswith(start)

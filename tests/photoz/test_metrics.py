@@ -77,7 +77,7 @@ def test_statistics_of_a_batch_are_those_of_its_rows(rng: np.random.Generator) -
 
 def test_the_bootstrap_error_of_a_mean_is_the_known_one(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     values = rng.normal(0, 2, 400)
-    monkeypatch.setattr(metrics, "BOOTSTRAP_VALUES", 50 * 400)  # in batches
+    monkeypatch.setattr("deepdisc_ops.photoz.metrics.resampling.BOOTSTRAP_VALUES", 50 * 400)  # in batches
     error = metrics.bootstrap_error(lambda sample: sample.mean(-1), values, rng, samples=2000)
     assert error == pytest.approx(values.std() / 20, rel=0.06)
 
@@ -148,3 +148,93 @@ def test_the_most_common_redshift_is_the_peak_of_the_kernel_density(rng: np.rand
 def test_bad_input_is_named(call: object, message: str) -> None:
     with pytest.raises(CatalogError, match=message):
         call()  # type: ignore[operator]
+
+
+def test_point_metrics_are_those_of_rail(rng: np.random.Generator) -> None:
+    pointestimates = pytest.importorskip("rail.evaluation.metrics.pointestimates")
+    z_true = rng.gamma(4, 0.25, 500)
+    z_phot = z_true + 0.1 * rng.standard_t(3, 500).clip(-5, 5)
+    found = metrics.point_metrics(z_phot, z_true, "lsst", rng)
+    assert found.bias == pytest.approx(pointestimates.PointBias(z_phot, z_true).evaluate(), abs=1e-12)
+    assert found.sigma_iqr == pytest.approx(pointestimates.PointSigmaIQR(z_phot, z_true).evaluate(), abs=1e-12)
+    assert found.outlier_fraction == pytest.approx(pointestimates.PointOutlierRate(z_phot, z_true).evaluate(), abs=1e-12)
+
+
+def test_fast_and_plain_bootstrap_agree(rng: np.random.Generator) -> None:
+    z_true = rng.gamma(4, 0.25, 400)
+    z_phot = z_true + 0.1 * rng.standard_t(3, 400).clip(-5, 5)
+    found = metrics.point_metrics(z_phot, z_true, "lsst", rng, samples=1500)
+    e = metrics.residual(z_phot, z_true, "lsst")
+    for value, statistic in ((found.bias_error, metrics.bias), (found.sigma_iqr_error, metrics.sigma_iqr)):
+        assert value == pytest.approx(float(metrics.bootstrap_error(statistic, e, rng, samples=1500)), rel=0.1)
+    for index in metrics.sorted_resamples(400, rng, 3):
+        assert len(index) == 400
+        assert (np.diff(index) >= 0).all()
+
+
+def test_all_outliers_are_counted(rng: np.random.Generator) -> None:
+    found = metrics.point_metrics(np.full(30, 5.0), np.linspace(0.1, 0.2, 30), "lsst", rng)
+    assert found.outlier_fraction == 1
+    recovery = metrics.secondary_peak_recovery(
+        np.full(30, 5.0), np.full(30, 0.15), np.full(30, 0.25), np.linspace(0.1, 0.2, 30), "lsst"
+    )
+    assert recovery is not None
+    assert recovery.all.value == 1
+    assert [None if one is None else one.n for one in recovery.by_weight] == [None, None, 30, None, None]
+
+
+def test_second_peaks_save_those_outliers_that_have_a_right_one() -> None:
+    z_true = np.full(6, 1.0)
+    z_phot = np.array([1.0, 1.0, 1.0, 3.0, 3.0, 3.0])
+    second = np.array([np.nan, 1.0, np.nan, 1.1, 2.5, np.nan])
+    recovery = metrics.secondary_peak_recovery(z_phot, second, np.array([0, 0.3, 0, 0.45, 0.05, 0]), z_true, "jades")
+    assert recovery is not None
+    assert (recovery.all.value, recovery.all.n) == (pytest.approx(1 / 3), 3)
+    assert recovery.by_weight[0] == metrics.Share(0, 0, 1)
+    assert metrics.secondary_peak_recovery(z_true, second, np.zeros(6), z_true, "jades") is None
+
+
+def test_bins_hold_each_object_once(rng: np.random.Generator) -> None:
+    z_true, column = rng.gamma(4, 0.25, 500), np.r_[rng.normal(size=490), np.full(10, np.nan)]
+    z_phot = z_true + 0.05 * rng.standard_normal(500)
+    edges = metrics.equal_counts(column, 5)
+    bins = metrics.binned_metrics(z_phot, z_true, column, edges, "lsst", rng, samples=10)
+    assert [one.metrics.n for one in bins] == [98] * 5
+    assert all(one.low <= one.middle <= one.high for one in bins)
+    inside = (column >= bins[0].low) & (column < bins[0].high)
+    assert bins[0].metrics.bias == pytest.approx(np.median(metrics.residual(z_phot, z_true, "lsst")[inside]))
+    assert metrics.binned_metrics(z_phot, z_true, column, edges, "lsst", rng, samples=2, least=99) == []
+    assert metrics.equal_counts(np.ones(4), 3).size == 2
+
+
+def test_an_ensemble_is_told_by_its_members(rng: np.random.Generator) -> None:
+    z_true = rng.gamma(4, 0.25, 300)
+    members = [metrics.point_metrics(z_true + offset, z_true, "lsst", rng, samples=2) for offset in (0.0, 0.02, 0.04)]
+    found = metrics.ensemble_metrics(members)
+    assert found["bias"].value == pytest.approx(np.mean([one.bias for one in members]))
+    assert found["bias"].error == pytest.approx(np.std([one.bias for one in members], ddof=1))
+    assert metrics.ensemble_metrics(members[:1])["bias"].error == 0
+    with pytest.raises(CatalogError, match="same objects"):
+        metrics.ensemble_metrics([members[0], metrics.point_metrics(z_true[1:], z_true[1:], "lsst", rng, samples=2)])
+
+
+def test_classes_and_blends() -> None:
+    galaxy, star = metrics.class_shares([0, 0, 0, 1, 1], [0, 0, 1, 1, 0])
+    assert galaxy.completeness is not None
+    assert galaxy.purity is not None
+    assert (galaxy.completeness.value, galaxy.purity.value) == (pytest.approx(2 / 3), pytest.approx(2 / 3))
+    assert star.completeness == metrics.share(1, 2, "")
+    assert metrics.class_shares([0], [0])[1] == metrics.ClassShares("star", None, None)
+    x = np.array([0.0, 1.0, 10.0, 11.0, 12.0, 50.0])
+    blends = metrics.blends_recognised(x, np.zeros(6), 1.5, [True, True, True, True, False, True])
+    assert blends == metrics.share(1, 2, "")
+    assert metrics.blends_recognised(x, np.zeros(6), 0.5, np.ones(6, bool)) is None
+    assert metrics.blends_recognised([], [], 1.0, []) is None
+
+
+def test_normalised_residuals_have_unit_width_if_errors_are_right(rng: np.random.Generator) -> None:
+    sigma = rng.uniform(0.01, 0.1, 5000)
+    z = rng.uniform(1, 2, 5000)
+    assert metrics.normalised_residual(z + sigma * rng.standard_normal(5000), z, sigma).std() == pytest.approx(1, abs=0.03)
+    with pytest.raises(CatalogError, match="1 of 2 redshift errors"):
+        metrics.normalised_residual([0.1, 0.2], [0.1, 0.2], [0.0, 0.1])

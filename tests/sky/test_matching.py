@@ -19,6 +19,7 @@ from deepdisc_ops.sky.matching import (
     match_boxes,
     match_on_sky,
     pairwise_iou_candidates,
+    same_place,
 )
 
 ARCSEC = 1 / 3600
@@ -203,3 +204,9 @@ def test_a_senseless_limit_is_rejected(limit: float) -> None:
         match_boxes([[0, 0, 1, 1]], [[0, 0, 1, 1]], limit)
     with pytest.raises(ValueError, match="radius_arcsec"):
         match_on_sky([1.0], [1.0], [1.0], [1.0], -1.0)
+
+
+def test_positions_of_one_list_at_the_same_place() -> None:
+    first, second = same_place([10.0, 20.0, 10.0, 10.0 + 2 * ARCSEC], [5.0, 5.0, 5.0, 5.0], 1.0)
+    assert (first.tolist(), second.tolist()) == ([0], [2])
+    assert [len(part) for part in same_place([], [], 1.0)] == [0, 0]

@@ -1,4 +1,4 @@
-"""What tells whether redshifts and their densities are right.
+"""Point estimates: residuals, bias, scatter, outliers, and second peaks.
 
 The two papers differ in the sign of the residual and in what an outlier is; both conventions have a name:
 
@@ -11,31 +11,32 @@ scatter       (e75 - e25) / 1.349             the same
 outlier       abs(e) > max(3 scatter, 0.06)   abs(e) > 0.15
 ============  ==============================  ==============================
 
-The LSST paper does not define its bias; the median is RAIL's. Glossary: N objects, G grid points,
-B bootstrap samples. Statistics work along the last axis, so that they apply to (B, N) samples at once.
+The LSST paper does not define its bias; the median is RAIL's. Glossary: N objects, B bootstrap samples. Statistics
+work along the last axis, so that they apply to (B, N) samples at once.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from deepdisc_ops.errors import CatalogError
+from deepdisc_ops.photoz.metrics.resampling import sorted_resamples
+from deepdisc_ops.photoz.metrics.shares import Share, share
 
 Floats = NDArray[np.float64]
-Indices = NDArray[np.int64]
 Convention = Literal["lsst", "jades"]
 CONVENTIONS: tuple[Convention, ...] = ("lsst", "jades")
 
 IQR_OF_UNIT_NORMAL = 1.349
 LSST_OUTLIER_SIGMAS, LSST_OUTLIER_FLOOR = 3.0, 0.06
 JADES_OUTLIER = 0.15
-BOOTSTRAP_VALUES = 4_000_000  # residuals held at once
+RECOVERY_EDGES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
 
 
 @dataclass(frozen=True)
@@ -57,21 +58,37 @@ class PointMetrics:
 
 
 @dataclass(frozen=True)
-class Share:
-    """A fraction of n objects and its standard error, the binomial one (which a bootstrap of ones and zeros estimates)."""
+class Recovery:
+    """Outliers whose second peak is no outlier: their share among all outliers, and by the weight of the second peak.
 
-    value: float
-    error: float
-    n: int
+    ``by_weight`` has a share for each bin between ``edges``; None where no outlier has a second peak of such weight.
+    """
+
+    all: Share
+    edges: tuple[float, ...]
+    by_weight: tuple[Share | None, ...]
 
 
 def residual(z_phot: ArrayLike, z_true: ArrayLike, convention: Convention) -> Floats:
     """Scaled redshift errors e (N,) of the convention, from redshifts (N,)."""
-    phot, true = _redshifts(z_phot, "photometric"), _redshifts(z_true, "true")
+    phot, true = redshifts(z_phot, "photometric"), redshifts(z_true, "true")
     if phot.shape != true.shape:
         raise CatalogError(f"there are {phot.size} photometric for {true.size} true redshifts; expected one for each")
     scaled = (phot - true) / (1 + true)
     return scaled if convention == "lsst" else -scaled
+
+
+def normalised_residual(z_phot: ArrayLike, z_true: ArrayLike, error: ArrayLike) -> Floats:
+    """(z_phot - z_true) / error (N,); of unit width where the errors are right."""
+    phot, true, sigma = redshifts(z_phot, "photometric"), redshifts(z_true, "true"), np.asarray(error, np.float64)
+    if not phot.shape == true.shape == sigma.shape:
+        raise CatalogError(
+            f"there are {phot.size} redshifts, {true.size} true ones and {sigma.size} errors; expected as many of each"
+        )
+    bad = int((~(sigma > 0)).sum())
+    if bad:
+        raise CatalogError(f"{bad} of {sigma.size} redshift errors are not above zero; leave those objects out")
+    return (phot - true) / sigma
 
 
 def bias(residuals: Floats) -> Floats:
@@ -101,73 +118,45 @@ def point_metrics(
     z_phot: ArrayLike, z_true: ArrayLike, convention: Convention, rng: np.random.Generator, samples: int = 200
 ) -> PointMetrics:
     """Bias, scatter and outlier fraction of redshifts (N,), with errors from ``samples`` bootstrap samples."""
-    e = residual(z_phot, z_true, convention)
-
-    def statistics(values: Floats) -> Floats:
-        return np.stack([bias(values), sigma_iqr(values), outlier_fraction(values, convention)], axis=-1)
-
-    values, errors = statistics(e).tolist(), bootstrap_error(statistics, e, rng, samples).tolist()
+    e = np.sort(residual(z_phot, z_true, convention))
+    drawn = [_of_sorted(e[index], convention) for index in sorted_resamples(e.size, rng, samples)]
+    values, errors = _of_sorted(e, convention).tolist(), np.std(drawn, axis=0).tolist()
     return PointMetrics(
         convention, e.size, values[0], errors[0], values[1], errors[1], values[2], errors[2], float(outlier_limit(e, convention))
     )
 
 
-def bootstrap_error(statistic: Callable[[Floats], Floats], values: Floats, rng: np.random.Generator, samples: int = 200) -> Floats:
-    """Standard error of ``statistic`` of values (N,): its standard deviation over samples drawn with replacement.
+def secondary_peak_recovery(
+    z_phot: ArrayLike,
+    second_peak: ArrayLike,
+    second_weight: ArrayLike,
+    z_true: ArrayLike,
+    convention: Convention,
+    edges: Sequence[float] = RECOVERY_EDGES,
+) -> Recovery | None:
+    """How many outliers would be none at their second peak (N,), NaN where there is none; None if there is no outlier.
 
-    ``statistic`` maps (B, N) to (B, ...), the result is (...). One object has error 0: nothing can vary.
+    The limit is that of the first estimates in both cases.
     """
-    if not values.size:
-        raise CatalogError("no objects to resample; expected at least one")
-    batch = max(1, BOOTSTRAP_VALUES // values.size)
-    sizes = [min(batch, samples - start) for start in range(0, samples, batch)]
-    drawn = [statistic(values[rng.integers(values.size, size=(size, values.size))]) for size in sizes]
-    return np.asarray(np.std(np.concatenate(drawn), axis=0))
-
-
-def pit(z_true: ArrayLike, grid: ArrayLike, cdf: ArrayLike) -> Floats:
-    """Probability integral transform, CDF(z_true) (N,), of tabulated CDFs (N, G) on redshifts (G,), linear in between.
-
-    Below the grid it is the first value of the CDF, above it the last. Mixtures have it exactly: `truncated_cdf`.
-    """
-    z, nodes, table = _redshifts(z_true, "true"), np.asarray(grid, np.float64), np.asarray(cdf, np.float64)
-    if table.shape != (z.size, nodes.size) or nodes.size < 2:
-        raise CatalogError(
-            f"the CDFs have shape {table.shape}; expected {(z.size, nodes.size)}, at least 2 points for each redshift"
-        )
-    right = np.searchsorted(nodes, z).clip(1, nodes.size - 1)
-    step = ((z - nodes[right - 1]) / (nodes[right] - nodes[right - 1])).clip(0, 1)
-    row = np.arange(z.size)
-    return np.asarray((1 - step) * table[row, right - 1] + step * table[row, right])
-
-
-def pit_ks(values: ArrayLike) -> float:
-    """Kolmogorov-Smirnov distance of PIT values (N,) from the uniform distribution."""
-    ordered = np.sort(np.asarray(values, np.float64))
-    if not ordered.size:
-        raise CatalogError("no PIT values; expected at least one")
-    if not np.isfinite(ordered).all():
-        raise CatalogError(f"{int((~np.isfinite(ordered)).sum())} of {ordered.size} PIT values are not finite")
-    steps = np.arange(ordered.size + 1) / ordered.size
-    return float(max((steps[1:] - ordered).max(), (ordered - steps[:-1]).max()))
-
-
-def completeness(sample: ArrayLike, matched_truth: Indices) -> Share:
-    """Matched fraction of the true objects that ``sample`` (N,) bool picks; ``matched_truth``: indices (M,) into N."""
-    wanted = np.asarray(sample, bool)
-    found = np.zeros(wanted.size, bool)
-    found[matched_truth] = True
-    return _share(int((found & wanted).sum()), int(wanted.sum()), "true objects in the sample")
-
-
-def purity(n_catalog: int, matched_catalog: Indices) -> Share:
-    """Fraction of ``n_catalog`` objects that are real: ``matched_catalog`` (M,) are the indices of those matched."""
-    return _share(np.unique(matched_catalog).size, n_catalog, "objects in the catalogue")
+    e = residual(z_phot, z_true, convention)
+    true, second, weight = (np.asarray(values, np.float64) for values in (z_true, second_peak, second_weight))
+    limit = outlier_limit(e, convention)
+    outlier = np.abs(e) > limit
+    if not outlier.any():
+        return None
+    with np.errstate(invalid="ignore"):
+        recovered = outlier & (np.abs((second - true) / (1 + true)) <= limit)
+    has_second = outlier & np.isfinite(second)
+    bins = []
+    for low, high in pairwise(edges):
+        here = has_second & (weight >= low) & (weight < high)
+        bins.append(share(int((recovered & here).sum()), int(here.sum()), "outliers") if here.any() else None)
+    return Recovery(share(int(recovered.sum()), int(outlier.sum()), "outliers"), tuple(edges), tuple(bins))
 
 
 def most_common_redshift(z_true: ArrayLike) -> float:
     """Mode of the redshift distribution of (N,) objects: the peak of a Gaussian kernel density of Scott's width."""
-    z = _redshifts(z_true, "true")
+    z = redshifts(z_true, "true")
     width = float(z.std()) * z.size ** (-1 / 5)
     if width == 0:
         return float(z[0])
@@ -178,14 +167,8 @@ def most_common_redshift(z_true: ArrayLike) -> float:
     return float((edges[peak] + edges[peak + 1]) / 2)
 
 
-def _share(part: int, n: int, what: str) -> Share:
-    if n == 0:
-        raise CatalogError(f"there are no {what}; expected at least one to take a fraction of")
-    value = part / n
-    return Share(value, math.sqrt(value * (1 - value) / n), n)
-
-
-def _redshifts(values: ArrayLike, kind: str) -> Floats:
+def redshifts(values: ArrayLike, kind: str) -> Floats:
+    """A column of redshifts, all of them usable; raises CatalogError."""
     z = np.asarray(values, np.float64)
     if z.ndim != 1 or not z.size:
         raise CatalogError(f"{kind} redshifts have shape {z.shape}; expected a column of at least one")
@@ -195,3 +178,20 @@ def _redshifts(values: ArrayLike, kind: str) -> Floats:
     if z.min() <= -1:
         raise CatalogError(f"a {kind} redshift is {z.min()}, which has no meaning at or below -1; leave such objects out")
     return z
+
+
+def _of_sorted(e: Floats, convention: Convention) -> Floats:
+    """Bias, scatter and outlier fraction of ascending residuals (N,), without sorting them again."""
+    low, middle, high = _quantiles_of_sorted(e, (0.25, 0.5, 0.75))
+    scatter = (high - low) / IQR_OF_UNIT_NORMAL
+    limit = max(LSST_OUTLIER_SIGMAS * scatter, LSST_OUTLIER_FLOOR) if convention == "lsst" else JADES_OUTLIER
+    outside = np.searchsorted(e, -limit, side="left") + e.size - np.searchsorted(e, limit, side="right")
+    return np.array([middle, scatter, outside / e.size])
+
+
+def _quantiles_of_sorted(values: Floats, levels: Sequence[float]) -> Floats:
+    """As numpy's, linear between ascending values (N,)."""
+    place = np.asarray(levels) * (values.size - 1)
+    left = np.floor(place).astype(np.int64)
+    step = place - left
+    return np.asarray((1 - step) * values[left] + step * values[np.minimum(left + 1, values.size - 1)])

@@ -1,0 +1,75 @@
+"""The statistics of the published table for a survey's catalogue: ``python -m benchmarks.metrics [--quick]``.
+
+1.25 million objects (the LSST paper matched 1,254,379), five components each, redshifts drawn from the densities, modes as a
+catalogue has them: bias, sigma_IQR and outliers in both conventions, CDE loss, NLL, and KS, CvM and AD of the PIT, each with its
+error from 200 bootstrap samples, in one process of its own whose largest memory is told.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+from benchmarks import record
+from deepdisc_ops.photoz import metrics
+
+OBJECTS, COMPONENTS = 1_250_000, 5
+QUICK_SHARE = 0.1
+SECONDS, GIGABYTES = 60.0, 4.0
+"""What the statistics may take."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Compute, print, and keep unless the run is quick."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.metrics", description=main.__doc__)
+    parser.add_argument("--quick", action="store_true", help="a tenth of the objects; nothing is kept")
+    parser.add_argument("--folder", type=Path, default=record.RESULTS, help="folder of the result")
+    known = parser.parse_args(arguments)
+    with threadpool_limits(1):
+        figures = measure(int(OBJECTS * QUICK_SHARE) if known.quick else OBJECTS)
+    ratios = {"seconds_over_limit": figures["seconds"] / SECONDS, "memory_over_limit": figures["memory_gb"] / GIGABYTES}
+    lines = [f"{name}: {value:.6g}" for name, value in {**figures, **ratios}.items()]
+    print("\n".join(lines))
+    if not known.quick:
+        print(record.write("metrics", ratios=ratios, figures=figures, log=lines, arguments=arguments, folder=known.folder))
+
+
+def measure(objects: int, seed: int = 1) -> dict[str, float]:
+    """Seconds and memory of the table for as many ``objects``, and the table."""
+    rng = np.random.default_rng(seed)
+    shape = (objects, COMPONENTS)
+    weights = rng.dirichlet(np.ones(COMPONENTS), objects)
+    means, sigmas = rng.gamma(4, 0.25, shape) + 0.2, rng.uniform(0.01, 0.1, shape)
+    component = (rng.random((objects, 1)) > weights.cumsum(1)[:, :-1]).sum(1)
+    row = np.arange(objects)
+    z_true = np.abs(rng.normal(means[row, component], sigmas[row, component]))
+    z_mode = means[row, (weights / sigmas).argmax(1)]
+    started = time.perf_counter()
+    lsst, jades = (metrics.point_metrics(z_mode, z_true, convention, rng) for convention in metrics.CONVENTIONS)
+    densities = metrics.density_metrics(weights, means, sigmas, z_true, rng)
+    seconds = time.perf_counter() - started
+    return {
+        "objects": float(objects),
+        "seconds": seconds,
+        "memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
+        "bias": lsst.bias,
+        "sigma_iqr": lsst.sigma_iqr,
+        "outliers_lsst": lsst.outlier_fraction,
+        "outliers_jades": jades.outlier_fraction,
+        "cde_loss": densities.cde_loss.value,
+        "nll": densities.nll.value,
+        "ks": densities.ks.value,
+        "ks_error": densities.ks.error,
+        "cvm": densities.cvm.value,
+        "ad": densities.ad.value,
+    }
+
+
+if __name__ == "__main__":
+    main()

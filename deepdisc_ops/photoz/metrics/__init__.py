@@ -1,0 +1,85 @@
+"""What tells whether redshifts and their densities are right.
+
+points: residuals, bias, scatter and outliers in both papers' conventions; densities: PIT, CDE loss, likelihood, coverage; shares:
+completeness, purity, classes and blends; bins: any of it against a column; resampling: errors by bootstrap and from ensembles.
+"""
+
+from deepdisc_ops.photoz.metrics.bins import Bin, binned_metrics, ensemble_metrics, equal_counts
+from deepdisc_ops.photoz.metrics.densities import (
+    CVM_AD_FORMS,
+    DensityMetrics,
+    Form,
+    cde_loss,
+    central_levels,
+    coverage,
+    density_metrics,
+    density_metrics_of,
+    expected_density,
+    highest_density_levels,
+    pit,
+    pit_ad,
+    pit_cvm,
+    pit_ks,
+)
+from deepdisc_ops.photoz.metrics.points import (
+    CONVENTIONS,
+    Convention,
+    PointMetrics,
+    Recovery,
+    bias,
+    most_common_redshift,
+    normalised_residual,
+    outlier_fraction,
+    outlier_limit,
+    point_metrics,
+    residual,
+    secondary_peak_recovery,
+    sigma_iqr,
+)
+from deepdisc_ops.photoz.metrics.resampling import Estimate, bootstrap_error, mean_with_error, sorted_resamples
+from deepdisc_ops.photoz.metrics.shares import ClassShares, Share, blends_recognised, class_shares, completeness, purity, share
+
+__all__ = [
+    "CONVENTIONS",
+    "CVM_AD_FORMS",
+    "Bin",
+    "ClassShares",
+    "Convention",
+    "DensityMetrics",
+    "Estimate",
+    "Form",
+    "PointMetrics",
+    "Recovery",
+    "Share",
+    "bias",
+    "binned_metrics",
+    "blends_recognised",
+    "bootstrap_error",
+    "cde_loss",
+    "central_levels",
+    "class_shares",
+    "completeness",
+    "coverage",
+    "density_metrics",
+    "density_metrics_of",
+    "ensemble_metrics",
+    "equal_counts",
+    "expected_density",
+    "highest_density_levels",
+    "mean_with_error",
+    "most_common_redshift",
+    "normalised_residual",
+    "outlier_fraction",
+    "outlier_limit",
+    "pit",
+    "pit_ad",
+    "pit_cvm",
+    "pit_ks",
+    "point_metrics",
+    "purity",
+    "residual",
+    "secondary_peak_recovery",
+    "share",
+    "sigma_iqr",
+    "sorted_resamples",
+]
