@@ -6,10 +6,12 @@ module level as a missing stock handler, so everything beyond the standard libra
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import pathlib
 import time
+from collections.abc import Iterator
 from typing import Any
 
 log = logging.getLogger(__name__)
@@ -19,79 +21,86 @@ class EnsembleHandler:
     """One worker's ensemble; the members share the worker."""
 
     def initialize(self, ctx: Any) -> None:
-        """Load and verify the members, then predict once on noise; raises when the archive cannot be served.
+        """Load and verify the members, ask the canary, predict once on noise; raises when the archive cannot be served.
 
         A member that fails takes the others along, then and later, unless ensemble.yaml says ``on_failure: skip``.
         """
         import torch
 
+        import deepdisc_ops
         from deepdisc_ops.errors import ArchiveError
         from deepdisc_ops.inference.ensemble import Ensemble, read_description
-        from deepdisc_ops.serving import archive
+        from deepdisc_ops.serving import archive, canary, contents
+        from deepdisc_ops.serving.answering import Answerer
+        from deepdisc_ops.serving.metrics import Metrics
+        from deepdisc_ops.serving.service import read_service
 
         started = time.monotonic()
-        properties = ctx.system_properties
+        service = read_service()
         if threads := os.environ.get("OMP_NUM_THREADS"):
             torch.set_num_threads(int(threads))
-        gpu = properties.get("gpu_id")
+        gpu = ctx.system_properties.get("gpu_id")
         device = f"cuda:{gpu}" if gpu is not None and torch.cuda.is_available() else "cpu"
-        folder = pathlib.Path(properties["model_dir"])
-        on_failure = read_description(folder).get("on_failure", "raise")
+        folder = pathlib.Path(ctx.system_properties["model_dir"])
+        description = read_description(folder)
+        archive.check_version(description)
+        contents.check_files(folder)
+        on_failure = description.get("on_failure", "raise")
         if on_failure not in ("raise", "skip"):
             raise ArchiveError(f"on_failure is {on_failure!r} in {archive.DESCRIPTION}; expected raise or skip")
-        self.ensemble = Ensemble.load(folder, device, on_failure=on_failure)
-        self.version = archive.description_digest((folder / archive.DESCRIPTION).read_bytes())
+        self.ensemble = Ensemble.load(folder, device, memory=service.memory, on_failure=on_failure)
+        version = archive.description_digest((folder / archive.DESCRIPTION).read_bytes())
+        self.answerer = Answerer(self.ensemble, version, service)
+        canary.check(self.ensemble, folder)
         self._warm_up()
+        members = len(self.ensemble.names) - len(self.ensemble.failures.keys() & set(self.ensemble.names))
+        metrics = Metrics(getattr(ctx, "metrics", None))
+        metrics.ready(version=version, package=deepdisc_ops.__version__, members=members)
+        metrics.members(members, len(self.ensemble.failures))
         seconds = time.monotonic() - started
-        log.info("ensemble %s of %d members ready on %s in %.1f s", self.version, len(self.ensemble.members), device, seconds)
+        log.info("ensemble %s of %d members ready on %s in %.1f s", version, members, device, seconds)
 
     def handle(self, data: list[dict[str, Any]], ctx: Any) -> list[bytes | str]:
         """One reply for each request of the batch; a refused request does not spoil its neighbours."""
-        return [self._answer(request, index, ctx) for index, request in enumerate(data)]
+        with self._at_work():
+            return [self._answer(request, index, ctx) for index, request in enumerate(data)]
 
     def _answer(self, request: dict[str, Any], index: int, ctx: Any) -> bytes | str:
-        import torch
+        from deepdisc_ops.serving.metrics import Metrics
+        from deepdisc_ops.serving.wire import REQUEST_HEADER
 
-        from deepdisc_ops.errors import DeepdiscOpsError, InputError
-        from deepdisc_ops.serving import wire
-
-        try:
-            reply = self._predict(request, ctx.get_all_request_header(index))
-        except wire.Refused as refusal:
-            status, fault = refusal.status, refusal.fault
-        except InputError as error:
-            status, fault = 422, wire.Fault("unusable", str(error), "")
-        except DeepdiscOpsError as error:  # not the request's fault; it names the member
-            log.exception("request %s failed", ctx.get_request_id(index))
-            status, fault = 500, wire.Fault("member_failed", str(error), "")
-        except (MemoryError, torch.OutOfMemoryError) as error:
-            log.exception("request %s ran out of memory", ctx.get_request_id(index))
-            who = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
-            what = f"the window does not fit in the worker's memory{who}"
-            status, fault = 507, wire.Fault("out_of_memory", what, "send smaller windows")
-        except Exception as error:  # TorchServe would answer 503, which clients retry
-            log.exception("request %s failed", ctx.get_request_id(index))
-            what = f"the worker failed with {type(error).__name__}: {error}"
-            status, fault = 500, wire.Fault("internal", what, "see model_log.log of the server and report it")
-        else:
-            ctx.set_response_content_type(index, wire.REPLY_TYPE)
-            return reply
-        ctx.set_response_status(status, fault.code, index)
-        ctx.set_response_content_type(index, wire.FAULT_TYPE)
-        return wire.encode_fault(fault)
-
-    def _predict(self, request: dict[str, Any], properties: dict[str, Any]) -> bytes:
-        import deepdisc_ops
-        from deepdisc_ops.serving import wire
-
-        body = request.get("body", request.get("data"))
-        if not isinstance(body, bytes | bytearray):
-            raise wire.Refused("not_npy", "the request has no binary body", f"send the array as {wire.IMAGE_TYPE}")
+        properties = ctx.get_all_request_header(index)
         headers = {name.lower(): value for name, value in properties.items() if isinstance(value, str)}
-        image = wire.decode_image(body, headers)
-        planes = wire.order_planes(image.data, image.bands, self.ensemble.bands)
-        found = self.ensemble.predict(planes, image.ebv, image.mask)
-        return wire.encode_detections(found, model_version=self.version, package_version=deepdisc_ops.__version__)
+        name = ctx.get_request_id(index)
+        answer = self.answerer.answer(request.get("body", request.get("data")), headers, name)
+        if answer.status != 200:
+            ctx.set_response_status(answer.status, answer.code, index)
+        ctx.set_response_content_type(index, answer.content_type)
+        ctx.set_response_header(index, REQUEST_HEADER, answer.request)
+        log.info("request %s %s %s", answer.request, name, answer)
+        metrics = Metrics(ctx.metrics)
+        metrics.request(status=answer.status, objects=answer.objects, megapixels=answer.megapixels, seconds=answer.seconds)
+        if failures := self.answerer.ensemble.failures:
+            names = set(self.answerer.ensemble.names)
+            metrics.members(len(names - failures.keys()), len(failures))
+        return answer.body
+
+    @contextlib.contextmanager
+    def _at_work(self) -> Iterator[None]:
+        """Keep a file of the worker's number where the server looks for those that have not answered yet."""
+        folder = self.answerer.service.busy
+        if folder is None:
+            yield
+            return
+        mark = folder / str(os.getpid())
+        try:
+            mark.touch()
+        except OSError as error:  # a full disk is no reason not to answer
+            log.warning("%s cannot be made (%s): the server may be ended while it answers", mark, error)
+        try:
+            yield
+        finally:
+            mark.unlink(missing_ok=True)
 
     def _warm_up(self) -> None:
         import numpy as np

@@ -293,7 +293,7 @@ def test_a_member_is_tuned(
             ("predict", "m.fits", "--out", "c.fits", "--model", "m", "--bad-bits", "0xyz"),
             "neither an integer, as 5 or 0x5, nor names",
         ),
-        (("predict", "m.fits", "--out", "c.fits", "--server", "s", "--masks"), "does not understand --masks;"),
+        (("predict", "m.fits", "--out", "c.fits", "--server", "s", "--skip-failing"), "does not understand --skip-failing;"),
         (("predict", "m.fits", "--out", "c.fits", "--model", "m", "--ray-address", "a:1"), "of use with --actors alone"),
         (("predict", "m.fits", "--out", "c.reg", "--model", "m", "--picture", "p.png"), "--picture is drawn from a table"),
         (("predict", "m.fits", "--out", "c.fits", "--model", "m", "--forced", "l.fits", "--masks"), "given objects have no masks"),

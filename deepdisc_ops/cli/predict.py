@@ -1,19 +1,15 @@
-"""``deepdisc-ops predict``: from mosaic to catalogue, here, through an endpoint or on Ray's actors, continued where it stopped."""
+"""``deepdisc-ops predict``: from mosaic to catalogue, here, through endpoints or on Ray's actors, continued where it stopped."""
 
 from __future__ import annotations
 
-import json
 import math
 import shlex
 import sys
-import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -21,37 +17,29 @@ import typer
 
 import deepdisc_ops
 from deepdisc_ops.cli.console import console, progress_bar
+from deepdisc_ops.cli.eyes import (
+    STRIDE,
+    Eyes,
+    Servers,
+    at_endpoints,
+    combination,
+    ensemble_folder,
+    in_process,
+    on_actors,
+    server_list,
+)
+from deepdisc_ops.cli.words import ForcedFor, Memory, Words
 from deepdisc_ops.errors import ConfigError
 
 if TYPE_CHECKING:
-    from deepdisc_ops.config import EnsembleSettings
-    from deepdisc_ops.inference.forced import ForcedLooker
+    from deepdisc_ops.inference.forced import ForcedSearch
     from deepdisc_ops.inference.journal import Journal
-    from deepdisc_ops.inference.mosaic import Looker, Objects, Progress, Survey
-    from deepdisc_ops.inference.recipe import Recipe
+    from deepdisc_ops.inference.mosaic import Objects, Progress, Survey
     from deepdisc_ops.sky.given import Given
     from deepdisc_ops.sky.images import Mosaic
 
-STRIDE = 32
-"""Windows start on multiples of this and of the members' strides."""
-AREA = ".moc.fits"
-TABLES = (".parquet", ".fits", ".hdf5", ".ecsv")
 RECENT = 20
 """The rate is that of so many windows."""
-
-
-class ForcedFor(StrEnum):
-    """Which objects of a given list are looked at."""
-
-    ALL = "all"
-    MISSING = "missing"
-
-
-class Memory(StrEnum):
-    """Whether members stay in memory."""
-
-    KEEP = "keep"
-    SWAP = "swap"
 
 
 def predict(
@@ -62,7 +50,18 @@ def predict(
     model: Annotated[
         Path | None, typer.Option(help="A .mar archive, an ensemble folder or a checkpoint folder (RUN/best).")
     ] = None,
-    server: Annotated[Path | None, typer.Option(help="Use the endpoint of this run directory (or server.json) instead.")] = None,
+    server: Annotated[
+        list[str] | None,
+        typer.Option(help="Use endpoints instead: run directories, server.json files or URLs, between commas; repeatable."),
+    ] = None,
+    token: Annotated[
+        str | None, typer.Option(envvar="DEEPDISC_OPS_TOKEN", help="Token of endpoints that are given by URL.")
+    ] = None,
+    certificate: Annotated[Path | None, typer.Option(help="PEM that https URLs are verified with.")] = None,
+    patience: Annotated[float, typer.Option(min=0, help="Seconds to wait for endpoints of which none answers.")] = 300,
+    mixed: Annotated[
+        bool, typer.Option("--mixed", help="Go on when an endpoint is upgraded; windows may then be of different models.")
+    ] = False,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="Combine members otherwise, as in match=union, min_iou=0.4, components=5.")
     ] = None,
@@ -98,7 +97,9 @@ def predict(
     forced_radius: Annotated[float, typer.Option(min=0.001, help="Arcsec within which a given object is a detected one.")] = 0.5,
     window: Annotated[int, typer.Option(min=128, help="Side of the windows that are read and predicted at once.")] = 1024,
     overlap: Annotated[int, typer.Option(min=16, help="Pixels that neighbouring windows share.")] = 64,
-    workers: Annotated[int, typer.Option(min=1, help="Windows in flight at once, for an endpoint with several workers.")] = 1,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Windows in flight at once; default 1, at endpoints two for each of their workers.")
+    ] = None,
     actors: Annotated[int, typer.Option(min=0, help="Predict in so many Ray actors, a GPU each with --device cuda.")] = 0,
     ray_address: Annotated[str | None, typer.Option(help="Ray cluster to join with --actors; it must see the same paths.")] = None,
     device: Annotated[str, typer.Option(help="torch device of the model, such as cpu or cuda:0.")] = "cpu",
@@ -113,10 +114,11 @@ def predict(
 
     Example: `deepdisc-ops predict mosaic.fits --model ensemble.mar --out catalog.parquet`
     """
-    words = _Words(out, forced, forced_for, server is not None, picture)
-    if (model is None) == (server is None):
+    servers = server_list(server or ())
+    words = Words(out, forced, forced_for, bool(servers), picture)
+    if (model is None) == (not servers):
         raise ConfigError("give either --model or --server, one of the two")
-    words.refuse({"--masks": masks, "--set": overrides, "--memory swap": memory == Memory.SWAP, "--skip-failing": skip_failing})
+    words.refuse({"--set": overrides, "--memory swap": memory == Memory.SWAP, "--skip-failing": skip_failing})
     words.check(masks=masks, actors=actors, ray_address=ray_address, pixels_only=pixels_only)
     from deepdisc_ops.inference.recipe import EbvRecipe, ImageRecipe, ModelRecipe, Recipe
     from deepdisc_ops.sky.tiling import plan
@@ -128,16 +130,19 @@ def predict(
     where = EbvRecipe(ebv, dust_maps, dust_scale)
     source = where.open()
     with ExitStack() as stack:
-        if server is not None:
-            eyes = _endpoint(stack, server, pictures, where, words, photometry=photometry, diameter=diameter, workers=workers)
+        if servers:
+            asked = Servers(servers, token, certificate, patience, mixed)
+            eyes = at_endpoints(
+                stack, asked, pictures, where, words, photometry=photometry, diameter=diameter, workers=workers, masks=masks
+            )
         else:
-            folder = _ensemble_folder(model or Path(), stack, shared=ray_address is not None)
-            settings = _combination(folder, overrides or ())
+            folder = ensemble_folder(model or Path(), stack, shared=ray_address is not None)
+            settings = combination(folder, overrides or ())
             failing: Literal["skip", "raise"] = "skip" if skip_failing else "raise"
             kept: Literal["swap", "keep"] = "swap" if memory == Memory.SWAP else "keep"
             ensemble = ModelRecipe(folder, device, settings, kept, failing, masks)
-            recipe = Recipe(pictures, ensemble, where, photometry, diameter, workers=workers)
-            eyes = _in_process(stack, recipe, words, actors=actors)
+            recipe = Recipe(pictures, ensemble, where, photometry, diameter, workers=workers or 1)
+            eyes = in_process(stack, recipe, words, actors=actors)
         from deepdisc_ops.inference.mosaic import Survey, write_mosaic
 
         mosaic = eyes.mosaic
@@ -154,7 +159,7 @@ def predict(
         }
         journal = stack.enter_context(_journal(words.journal, about))
         if actors:
-            eyes = _on_actors(stack, eyes, actors, ray_address, device)
+            eyes = on_actors(stack, eyes, actors, ray_address, device)
         provenance = {
             "package": f"deepdisc_ops {deepdisc_ops.__version__}",
             "command": shlex.join(["deepdisc-ops", *sys.argv[1:]]),
@@ -165,8 +170,7 @@ def predict(
         started = time.monotonic()
 
         def at_end() -> dict[str, str]:
-            failures = "; ".join(f"{name}: {why}" for name, why in eyes.failures.items())
-            return {"seconds": f"{time.monotonic() - started:.2f}"} | ({"failures": failures} if failures else {})
+            return {"seconds": f"{time.monotonic() - started:.2f}"} | eyes.told()
 
         with progress_bar("predicting", 1, "windows") as advance:
             told = _pace(advance)
@@ -189,150 +193,12 @@ def predict(
 
             report.draw_picture(mosaic, read_catalog(words.tables[0]), picture)
     console.print(f"{rows} objects in {seconds:.1f} s ({rows / max(seconds, 1e-9):.0f} a second): {', '.join(map(str, out))}")
-
-
-@dataclass(frozen=True)
-class _Words:
-    """What was asked for, as far as one word bears on another."""
-
-    out: Sequence[Path]
-    forced: Path | None
-    forced_for: ForcedFor
-    server: bool
-    picture: Path | None
-
-    @property
-    def journal(self) -> Path:
-        """The folder of an unfinished run."""
-        return self.out[0].with_name(f"{self.out[0].name}.unfinished")
-
-    @property
-    def area(self) -> bool:
-        """Whether a map of the area is asked for."""
-        return any(path.name.endswith(AREA) for path in self.out)
-
-    @property
-    def tables(self) -> list[Path]:
-        """The outputs that are tables, whole."""
-        return [path for path in self.out if path.suffix in TABLES and not path.name.endswith(AREA)]
-
-    def refuse(self, asked: Mapping[str, Any]) -> None:
-        """Refuse what an endpoint does not do."""
-        if self.server and (said := [name for name, value in {**asked, "--forced": self.forced}.items() if value]):
-            raise ConfigError(f"an endpoint does not understand {', '.join(said)}; leave it out, or predict with --model")
-
-    def check(self, *, masks: bool, actors: int, ray_address: str | None, pixels_only: bool) -> None:
-        """Refuse what does not go together, and outputs that cannot be written."""
-        from deepdisc_ops.sky.catalog import check_path
-
-        for path in self.out:
-            check_path(path)
-        for wrong, why in (
-            (ray_address is not None and not actors, "--ray-address is of use with --actors alone; say how many"),
-            (actors and self.server, "--actors predict in process and --server does not; leave one of them out"),
-            (actors and self.forced, "--forced does not run on --actors; leave one of them out"),
-            (masks and self.forced, "given objects have no masks; leave --masks or --forced out"),
-            (self.area and pixels_only, f"a map of the area (*{AREA}) needs a WCS; leave it or --pixels-only out"),
-            (
-                self.area and self.forced and self.forced_for == ForcedFor.ALL,
-                f"--forced-for all searches no area; leave *{AREA} out, or take --forced-for missing",
-            ),
-            (self.picture and not self.tables, f"--picture is drawn from a table; add one to --out ({', '.join(TABLES)})"),
-        ):
-            if wrong:
-                raise ConfigError(why)
-
-
-@dataclass(frozen=True)
-class _Eyes:
-    """Who looks at which mosaic, and what has to be known of them.
-
-    about: what a run with them is about; order: of the HEALPix cells of the area, if that is wanted; failures: members that were
-    left out, and why.
-    """
-
-    mosaic: Mosaic
-    looker: Looker
-    classes: tuple[str, ...]
-    stride: int
-    about: dict[str, Any]
-    provenance: dict[str, str]
-    order: int | None
-    failures: Mapping[str, str] = field(default_factory=dict)
-    forced: ForcedLooker | None = None
-    recipe: Recipe | None = None
-
-
-def _in_process(stack: ExitStack, recipe: Recipe, words: _Words, *, actors: int) -> _Eyes:
-    """An ensemble in this process; with ``actors`` it only tells of itself here."""
-    from deepdisc_ops.inference.ensemble import digest
-    from deepdisc_ops.inference.forced import ForcedLooker
-
-    model = replace(recipe.model, device="cpu") if actors else recipe.model
-    ensemble = model.load()
-    mosaic = stack.enter_context(recipe.images.open(ensemble.bands))
-    recipe = replace(recipe, order=_cell_order(mosaic, words))
-    looker = recipe.looker_with(ensemble, mosaic)
-    settings, name = ensemble.settings.model_dump(mode="json"), digest(recipe.model.folder)
-    options = [recipe.model.masks, recipe.model.on_failure, recipe.model.device.partition(":")[0]]
-    return _Eyes(
-        mosaic,
-        looker,
-        ensemble.seats[0].info.config.model.classes,
-        ensemble.stride,
-        {"model": name, "members": settings, "options": options},
-        {"model": name, "members": json.dumps(settings | {"names": ensemble.names, "shares": ensemble.weights})},
-        recipe.order,
-        ensemble.failures,
-        ForcedLooker(
-            mosaic,
-            lambda image, boxes, plane: ensemble.redshift(image.data, boxes, plane, image.mask),
-            looker.ebv,
-            recipe.workers,
-            looker.examiners,
-        ),
-        recipe,
-    )
-
-
-def _endpoint(
-    stack: ExitStack,
-    server: Path,
-    images: Any,
-    ebv: Any,
-    words: _Words,
-    *,
-    photometry: bool,
-    diameter: float | None,
-    workers: int,
-) -> _Eyes:
-    """The endpoint of a run directory; what is beyond redshifts is measured here."""
-    from deepdisc_ops.inference.mosaic import LocalLooker
-    from deepdisc_ops.inference.recipe import examiners
-    from deepdisc_ops.serving.client import Client
-    from deepdisc_ops.serving.server import discover
-
-    info = discover(server)
-    client = stack.enter_context(Client(info.url, info.token))
-    mosaic = stack.enter_context(images.open(info.bands))
-    order, name = _cell_order(mosaic, words), f"{info.model} {info.model_version}"
-    measured = examiners(mosaic, (), info.pixel_scale, photometry=photometry, diameter=diameter)
-    looker = LocalLooker(mosaic, client.predict, ebv.open(), workers, measured, order)
-    return _Eyes(mosaic, looker, (), STRIDE, {"model": name}, {"model": f"{name} at {info.url}"}, order)
-
-
-def _on_actors(stack: ExitStack, eyes: _Eyes, actors: int, address: str | None, device: str) -> _Eyes:
-    from deepdisc_ops.inference.cluster import RayLooker
-
-    if eyes.recipe is None:
-        raise ValueError("actors need a recipe")
-    gpus = 1 if device.startswith("cuda") else 0
-    looker = stack.enter_context(RayLooker(eyes.recipe.looker, actors, gpus=gpus, address=address))
-    return replace(eyes, looker=looker, failures=looker.failures)
+    for failure, times in eyes.trouble.most_common():
+        console.print(f"waited out {times} times: {failure}", soft_wrap=True)
 
 
 def _search(
-    eyes: _Eyes, survey: Survey, journal: Journal, progress: Progress, given: Given | None, words: _Words, radius: float
+    eyes: Eyes, survey: Survey, journal: Journal, progress: Progress, given: Given | None, words: Words, radius: float
 ) -> Objects:
     """The objects of the catalogue: those found, those given, or both."""
     from deepdisc_ops.inference.forced import CompletedSearch, ForcedSearch, GivenSearch
@@ -353,7 +219,7 @@ def _search(
     return CompletedSearch(Search(survey, eyes.looker, journal, progress), given, pixels, forced, scratch)
 
 
-def _given(words: _Words, mosaic: Mosaic, size: str | None, columns: str | None) -> Given | None:
+def _given(words: Words, mosaic: Mosaic, size: str | None, columns: str | None) -> Given | None:
     if words.forced is None:
         return None
     from deepdisc_ops.sky.given import read_given
@@ -397,44 +263,6 @@ def _pace(advance: Callable[..., None]) -> Progress:
         advance(done, note, total)
 
     return told
-
-
-def _ensemble_folder(model: Path, stack: ExitStack, *, shared: bool) -> Path:
-    """The ensemble folder of an archive, a checkpoint folder, or itself; ``shared``: other machines are to see it."""
-    from deepdisc_ops.inference.ensemble import write_ensemble
-    from deepdisc_ops.model.weights import DESCRIPTION
-
-    archive = model.suffix == ".mar"
-    if not archive and not (model / DESCRIPTION).exists():
-        return model
-    if shared:
-        raise ConfigError(f"{model} is no ensemble folder, which a cluster needs; make one with `deepdisc-ops members gather`")
-    folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "ensemble"
-    if archive:
-        from deepdisc_ops.serving.archive import unpack_archive
-
-        return unpack_archive(model, folder)
-    write_ensemble(folder, [model])
-    return folder
-
-
-def _combination(folder: Path, overrides: Sequence[str]) -> EnsembleSettings | None:
-    """The folder's own settings with ``overrides``, None without any."""
-    from deepdisc_ops.config import EnsembleSettings, parse_override, set_by_path, validate
-    from deepdisc_ops.inference.ensemble import read_description
-
-    if not overrides:
-        return None
-    tree = dict(read_description(folder).get("combination", {}))
-    for text in overrides:
-        set_by_path(tree, *parse_override(text))
-    return validate(EnsembleSettings, tree, "--set")
-
-
-def _cell_order(mosaic: Mosaic, words: _Words) -> int | None:
-    from deepdisc_ops.sky.catalog.coverage import cell_order
-
-    return cell_order(mosaic.pixel_scale) if words.area else None
 
 
 def _identity(path: Path) -> list[Any]:

@@ -78,6 +78,14 @@ class Ensemble:
         self.failures = dict(failures or {})
         self._turn = threading.Lock() if memory == "swap" else nullcontext()
 
+    def __repr__(self) -> str:
+        scale = "" if self.pixel_scale is None else f", {self.pixel_scale:g} arcsec a pixel"
+        lost = f", without {', '.join(self.failures)}" if self.failures else ""
+        return (
+            f"<Ensemble of {len(self.seats)} ({', '.join(self.names)}{lost}), bands {' '.join(self.bands)}{scale}, "
+            f"densities of {self.components} components>"
+        )
+
     @classmethod
     def load(
         cls,
@@ -203,12 +211,12 @@ class Ensemble:
         return answer
 
     def _failed(self, seat: Seat, error: Exception) -> None:
+        if ran_out_of_memory(error):  # the window's fault, not the member's
+            error.add_note(f"member {seat.name} ran out of memory")
+            raise error
         if self.on_failure == "skip":
             self.failures[seat.name] = _line(error)
             log.warning("member %s is left out from now on: %s", seat.name, _line(error))
-        elif isinstance(error, MemoryError | torch.OutOfMemoryError):
-            error.add_note(f"member {seat.name} ran out of memory")
-            raise error
         elif isinstance(error, DeepdiscOpsError):
             raise type(error)(f"member {seat.name}: {error}") from error
         else:
@@ -223,6 +231,15 @@ class Ensemble:
         weights, means = (np.pad(column, lacking) for column in (found.weights, found.means))
         found = replace(found, weights=weights, means=means, sigmas=np.pad(found.sigmas, lacking, constant_values=1))
         return found if mask is None else found.flagged(window.touches(mask, found.boxes), Flag.MASKED)
+
+
+def ran_out_of_memory(error: BaseException | None) -> bool:
+    """Whether memory ran out, in Python, on a GPU, or in torch's allocator, which raises a RuntimeError for it."""
+    while error is not None:
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+            return True
+        error = error.__cause__
+    return False
 
 
 def _line(error: Exception) -> str:

@@ -330,7 +330,7 @@ def predict_mosaic(
     """
     survey = Survey(mosaic.width, mosaic.height, window, overlap, stride)
     search = Search(survey, LocalLooker(mosaic, predictor, ebv, workers, examiners), progress=progress)
-    return _rows(Detections.concatenate(list(search)), mosaic.wcs, mosaic.bands, provenance or {}, {})
+    return catalogue_rows(Detections.concatenate(list(search)), mosaic.wcs, mosaic.bands, provenance or {}, {})
 
 
 class Objects(Protocol):
@@ -367,7 +367,7 @@ def write_mosaic(
     coverage = Coverage(order) if order is not None else None
     with open_catalog(paths, bands, classes, provenance or {}, wcs) as catalog:
         for objects in search:
-            catalog.write(_rows(objects, wcs, bands, {}, described or {}))
+            catalog.write(catalogue_rows(objects, wcs, bands, {}, described or {}))
             for cells in search.take_cells():
                 if coverage is not None:
                     coverage.add(cells)
@@ -379,7 +379,7 @@ def write_mosaic(
         return catalog.rows
 
 
-def _rows(
+def catalogue_rows(
     objects: Detections, wcs: WCS | None, bands: Sequence[str], provenance: Mapping[str, str], described: Mapping[str, Column]
 ) -> Table:
     """The rows of ``objects`` in their order; NaN redshifts for those whose mixture is nothing."""

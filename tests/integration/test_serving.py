@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
 import signal
 import stat
 import subprocess
 import sys
+import threading
+import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
@@ -25,8 +27,12 @@ from deepdisc_ops.errors import AccessDenied, ArchiveError, RequestRejected, Ser
 from deepdisc_ops.inference.ensemble import Ensemble
 from deepdisc_ops.model.build import DeepDisc
 from deepdisc_ops.model.weights import save_member
-from deepdisc_ops.serving import archive, server
+from deepdisc_ops.serving import archive, logs, plan, server, state
 from deepdisc_ops.serving.client import Client
+from deepdisc_ops.serving.fleet import Fleet
+from deepdisc_ops.serving.generation import Generation
+from deepdisc_ops.serving.service import VARIABLE, read_service
+from deepdisc_ops.serving.wire import IMAGE_TYPE, PREDICT_PATH, decode_detections, encode_image
 from deepdisc_ops.sky.detections import Detections
 from deepdisc_ops.sky.dust import EbvPlane
 from deepdisc_ops.sky.images import SkyImage
@@ -46,22 +52,33 @@ SETTINGS = {
     "inference": {"score_threshold": 0.0, "tile": 96, "overlap": 32},
 }
 MAX_WINDOW = 192
+WAIT_S = 600.0
 START = """
 import sys
 from pathlib import Path
 from deepdisc_ops.serving import server
-server.start(Path(sys.argv[1]), Path(sys.argv[2]), threads=1, max_window=int(sys.argv[3]))
+server.start(Path(sys.argv[1]), Path(sys.argv[2]), threads=1, restart=True, max_window=int(sys.argv[3]), wait_s=float(sys.argv[4]))
 """
+
+
+def build(folder: Path, seeds: Sequence[int], name: str) -> Path:
+    """An archive of untrained members."""
+    config = validate(TrainingConfig, SETTINGS, "test")
+    for seed in seeds:
+        torch.manual_seed(seed)
+        save_member(folder / str(seed), DeepDisc(config.model, config.inference), config, {"val_nll": 1.0 + seed}, 10)
+    return archive.build_archive([folder / str(seed) for seed in seeds], folder / name)
 
 
 @pytest.fixture(scope="module")
 def mar(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("ensemble")
-    config = validate(TrainingConfig, SETTINGS, "test")
-    for seed in range(2):
-        torch.manual_seed(seed)
-        save_member(folder / str(seed), DeepDisc(config.model, config.inference), config, {"val_nll": 1.0 + seed}, 10)
-    return archive.build_archive([folder / "0", folder / "1"], folder / "two.mar")
+    return build(tmp_path_factory.mktemp("ensemble"), (0, 1), "two.mar")
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another version, with other members."""
+    return build(tmp_path_factory.mktemp("another ensemble"), (2,), "one.mar")
 
 
 @pytest.fixture(scope="module")
@@ -77,8 +94,8 @@ def ensemble(mar: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[En
 def run_dir(mar: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A server that a command started which has ended since."""
     folder = tmp_path_factory.mktemp("run of \u00fc")
-    command = [sys.executable, "-c", START, str(mar), str(folder), str(MAX_WINDOW)]
-    subprocess.run(command, check=True, timeout=300)
+    command = [sys.executable, "-c", START, str(mar), str(folder), str(MAX_WINDOW), str(WAIT_S)]
+    subprocess.run(command, check=True, timeout=2 * WAIT_S)
     yield folder
     server.stop(folder)
 
@@ -124,6 +141,13 @@ def processes_of(run_dir: Path) -> list[psutil.Process]:
     return found
 
 
+def wait_for(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not true():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+
+
 def test_served_detections_equal_those_in_process(client: Client, ensemble: Ensemble, image: SkyImage) -> None:
     expected = ensemble.predict(image.data, EBV, image.mask)
     assert len(expected) > 5
@@ -155,28 +179,12 @@ def test_a_missing_band_is_named(client: Client, image: SkyImage) -> None:
         client.predict_array(image.data[[0, 2]], ("g", "i"), image.mask, EBV)
 
 
-def test_a_window_over_the_limit_is_told(client: Client) -> None:
-    side = MAX_WINDOW + 96
-    with pytest.raises(RequestRejected, match=f"{side} x {side} pixels in 3 bands.*smaller --window"):
-        client.predict_array(np.zeros((3, side, side), np.float32), BANDS, None, EBV)
-
-
-def test_a_wrong_token_is_denied(run_dir: Path, image: SkyImage) -> None:
-    info = server.discover(run_dir)
-    for token in ("wrong", info.management_token):
-        with Client(info.url, token) as stranger, pytest.raises(AccessDenied, match="token"):
-            stranger.predict(image, EBV)
-
-
-def test_models_cannot_be_listed_without_a_token_nor_registered_with_one(run_dir: Path, mar: Path) -> None:
-    info = server.discover(run_dir)
-    with httpx.Client(base_url=info.management_url, trust_env=False) as http:
-        assert http.get("/models").is_client_error
-        headers = {"Authorization": f"Bearer {info.management_token}"}
-        assert http.get("/models", headers=headers).is_success
-        assert http.post("/models", params={"url": mar.as_uri()}, headers=headers).is_client_error
-        assert http.delete(f"/models/{info.model}", headers=headers).is_client_error
-        assert [model["modelName"] for model in http.get("/models", headers=headers).json()["models"]] == [info.model]
+def test_a_window_over_the_limit_is_told(run_dir: Path) -> None:
+    info, side = server.discover(run_dir), MAX_WINDOW + 96
+    body, headers = encode_image(np.zeros((3, side, side), np.float32), BANDS, None, EBV)
+    headers |= {"authorization": f"Bearer {info.token}", "content-type": IMAGE_TYPE}
+    reply = httpx.post(f"{info.url}{PREDICT_PATH}", content=body, headers=headers, trust_env=False, timeout=WAIT_S)
+    assert (reply.status_code, reply.json()["code"]) == (413, "window_too_large")
 
 
 def test_junk_is_answered_with_a_reason(run_dir: Path) -> None:
@@ -188,44 +196,146 @@ def test_junk_is_answered_with_a_reason(run_dir: Path) -> None:
     assert "numpy.save" in reply.json()["remedy"]
 
 
-def test_it_listens_on_loopback_only_and_its_secrets_are_private(run_dir: Path) -> None:
+def test_its_secrets_are_private_and_workers_are_told_the_limits(run_dir: Path) -> None:
     info = server.discover(run_dir)
-    listening = [c.laddr.ip for c in psutil.Process(info.pid).net_connections("inet") if c.status == psutil.CONN_LISTEN]
-    assert len(listening) == 5
-    assert {address.removeprefix("::ffff:") for address in listening} == {"127.0.0.1"}
     assert stat.S_IMODE(run_dir.stat().st_mode) == 0o700
-    for name in ("server.json", "key_file.json", "config.properties"):
-        assert stat.S_IMODE((run_dir / name).stat().st_mode) == 0o600
+    folder = run_dir / f"g{info.generation}"
+    for path in (run_dir / "server.json", folder / "key_file.json", folder / "config.properties", folder / "service.json"):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    told = read_service({VARIABLE: str(folder / "service.json")})
+    assert (told.max_window, told.request_bytes, told.reply_bytes) == (MAX_WINDOW, info.request_bytes, info.reply_bytes)
+    assert told.busy == folder / "busy"
 
 
-def test_tokens_outlast_a_night(run_dir: Path) -> None:
-    keys = json.loads((run_dir / "key_file.json").read_text())
-    days = (np.datetime64(keys["inference"]["expiration time"].rstrip("Z")) - np.datetime64("now")) / np.timedelta64(1, "D")
-    assert days == pytest.approx(server.TOKEN_DAYS, abs=0.1)
+def test_every_worker_has_answered_a_canary(run_dir: Path) -> None:
+    info = server.discover(run_dir)
+    proved = logs.answered(logs.folder_of(run_dir, info.generation) / "access_log.log")
+    assert len(proved) == len(info.worker_pids) == info.workers
 
 
 def test_a_second_server_does_not_start_in_its_place(run_dir: Path, mar: Path) -> None:
     with pytest.raises(ServerError, match="already serves"):
         server.start(mar, run_dir)
+    assert server.status(run_dir).healthy
     assert server.status(run_dir).state == "ready"
 
 
 def test_a_killed_worker_costs_no_window(run_dir: Path, client: Client, image: SkyImage) -> None:
     expected = client.predict(image, EBV)
-    (worker,) = server.discover(run_dir).worker_pids
+    (worker,) = (worker.pid for worker in server.status(run_dir).workers)
     os.kill(worker, signal.SIGKILL)
     assert_same(client.predict(image, EBV), expected)
     assert server.status(run_dir).state == "ready"
 
 
-def test_nothing_is_left_when_it_is_stopped(run_dir: Path, image: SkyImage) -> None:
-    info = server.discover(run_dir)
+def test_a_full_disk_costs_neither_window_nor_token(run_dir: Path, client: Client, image: SkyImage) -> None:
+    """No file can grow for any of its processes: what cannot be written is not promised, what is served goes on."""
+    info, expected = server.discover(run_dir), client.predict(image, EBV)
+    everyone = [psutil.Process(pid) for pid in (info.supervisor_pid, info.pid)]
+    before = [process.rlimit(psutil.RLIMIT_FSIZE) for process in everyone]
+    try:
+        for process, (_, most) in zip(everyone, before, strict=True):
+            process.rlimit(psutil.RLIMIT_FSIZE, (0, most))
+        order = state.place_order(run_dir, "renew")
+        wait_for(lambda: not (run_dir / state.ORDER).exists())
+        with Client(info.url, info.token) as stubborn:
+            assert_same(stubborn.predict(image, EBV), expected)
+        assert server.discover(run_dir) == info
+    finally:
+        for process, limits in zip(everyone, before, strict=True):
+            process.rlimit(psutil.RLIMIT_FSIZE, limits)
+    wait_for(lambda: state.read_answer(run_dir, order) is not None)
+    assert state.read_answer(run_dir, order).error == "ServerError"  # type: ignore[union-attr]
+    server.renew_tokens(run_dir)
+    assert server.discover(run_dir).token != info.token
+    with Client(info.url, info.token) as former, pytest.raises(AccessDenied):
+        former.predict(image, EBV)
+    assert_same(client.predict(image, EBV), expected)
+
+
+@contextlib.contextmanager
+def under_load(run_dir: Path, image: SkyImage) -> Iterator[Callable[[int], list[Detections]]]:
+    """Two clients that send one window after the other, and how to wait for more answers; their failure is the test's."""
+    answers: list[Detections] = []
+    enough = threading.Event()
+
+    def send() -> None:
+        with Fleet.open([run_dir], patience_s=WAIT_S, mixed=True) as client:
+            while not enough.is_set():
+                answers.append(client.predict(image, EBV))
+
+    with ThreadPoolExecutor(2) as pool:
+        senders = [pool.submit(send) for _ in range(2)]
+
+        def more(count: int) -> list[Detections]:
+            wanted = len(answers) + count
+            wait_for(lambda: len(answers) >= wanted or any(sender.done() for sender in senders))
+            return answers
+
+        try:
+            more(2)
+            yield more
+        finally:
+            enough.set()
+        for sender in senders:
+            sender.result()
+
+
+def test_an_upgrade_loses_no_request_and_leaves_one_server(
+    run_dir: Path, other: Path, image: SkyImage, ensemble: Ensemble, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    old = server.discover(run_dir)
+    before = ensemble.predict(image.data, EBV, image.mask)
+    after = Ensemble.load(archive.unpack_archive(other, tmp_path_factory.mktemp("other"))).predict(image.data, EBV, image.mask)
+    with under_load(run_dir, image) as more:
+        assert "serves" in server.upgrade(run_dir, other)
+        wait_for(lambda: server.status(run_dir).supervisor.retiring == ())  # type: ignore[union-attr]
+        answers = more(3)
+    kinds = ["before" if found.means.shape == before.means.shape else "after" for found in answers]
+    assert (kinds[0], kinds[-1]) == ("before", "after")
+    for found, kind in zip(answers, kinds, strict=True):
+        assert_same(found, before if kind == "before" else after)
+    new = server.discover(run_dir)
+    assert (new.generation, new.model_version) == (old.generation + 1, archive.inspect_archive(other)["version"])
+    assert not psutil.pid_exists(old.pid)
     assert len(processes_of(run_dir)) == 2
-    assert server.stop(run_dir)
+
+
+def test_a_killed_server_is_started_anew_and_costs_no_window(run_dir: Path, image: SkyImage) -> None:
+    old = server.discover(run_dir)
+    with under_load(run_dir, image) as more:
+        os.kill(old.pid, signal.SIGKILL)
+        wait_for(lambda: (run_dir / "server.json").exists() and server.discover(run_dir).generation > old.generation)
+        answers = more(3)
+    for found in answers:
+        assert_same(found, answers[0])
+    assert server.status(run_dir).supervisor.restarts == 1  # type: ignore[union-attr]
+
+
+def test_a_stop_answers_what_was_accepted_and_leaves_nothing(run_dir: Path, image: SkyImage) -> None:
+    info = server.discover(run_dir)
+    body, headers = encode_image(image.data, BANDS, image.mask, EBV)
+    headers |= {"authorization": f"Bearer {info.token}", "content-type": IMAGE_TYPE}
+
+    def send() -> httpx.Response:
+        return httpx.post(f"{info.url}{PREDICT_PATH}", content=body, headers=headers, trust_env=False, timeout=WAIT_S)
+
+    with ThreadPoolExecutor(6) as pool:
+        sent = [pool.submit(send) for _ in range(6)]
+        wait_for(lambda: server.status(run_dir).pending > 1 or all(one.done() for one in sent))
+        assert server.stop(run_dir)
+        answers = [one.result() for one in sent]
+    refused = [answer for answer in answers if answer.status_code != httpx.codes.OK]
+    assert all("token" in answer.text.lower() for answer in refused)  # came when the door was closed, and were told so
+    assert len(answers) - len(refused) > 1
+    first, *others = (decode_detections(answer.content) for answer in answers if answer not in refused)
+    for found in others:
+        assert_same(found, first)
     assert processes_of(run_dir) == []
+    assert not psutil.pid_exists(info.supervisor_pid) or psutil.Process(info.supervisor_pid).status() == psutil.STATUS_ZOMBIE
     assert server.status(run_dir).state == "stopped"
-    assert sorted(path.name for path in run_dir.iterdir()) == [server.LOCK, "config.properties", "log4j2.xml", "logs"]
-    with Client(info.url, info.token) as late, pytest.raises(ServerUnreachable, match="serve start"):
+    assert sorted(path.name for path in run_dir.iterdir()) == [state.LOCK, "logs"]
+    with Client(info.url, info.token, patience_s=0) as late, pytest.raises(ServerUnreachable, match="serve start"):
         late.predict(image, EBV)
 
 
@@ -240,8 +350,11 @@ def test_a_damaged_member_is_refused_by_the_command_and_by_the_worker(
             target.writestr(member.filename, bytes(contents))
     with pytest.raises(ArchiveError, match=r"member-1\.safetensors"):
         server.start(damaged, spaced / "run")
-    monkeypatch.setattr(server, "verify_archive", archive.inspect_archive)
-    with pytest.raises(ServerError, match=r"could not be loaded: ArchiveError: member member-1"):
-        server.start(damaged, spaced / "run", threads=1)
+    monkeypatch.setattr(plan, "verify_archive", archive.inspect_archive)
+    settings = plan.ServerSettings(threads=1, wait_s=WAIT_S)
+    (spaced / "run").mkdir()
+    generation = Generation(1, plan.make_plan(damaged, settings), settings, spaced / "run")
+    with pytest.raises(ServerError, match=r"could not be loaded: ArchiveError: .*member-1"):
+        generation.start(lambda: None, lambda _: None)
     assert processes_of(spaced / "run") == []
-    assert not (spaced / "run" / "server.json").exists()
+    assert [path.name for path in (spaced / "run").iterdir()] == ["logs"]

@@ -20,7 +20,8 @@ from deepdisc_ops.errors import ArchiveError
 from deepdisc_ops.inference import ensemble as engine
 from deepdisc_ops.model.build import DeepDisc
 from deepdisc_ops.model.weights import save_member
-from deepdisc_ops.serving import archive
+from deepdisc_ops.serving import archive, contents, memory
+from deepdisc_ops.serving.contents import DustSource
 
 SETTINGS = {
     "model": {
@@ -85,6 +86,7 @@ def test_relative_paths_are_taken_from_here(checkpoints: list[Path], spaced: Pat
 def test_an_ensemble_folder_is_packed_as_it_is(tiny_ensemble: Path, spaced: Path) -> None:
     mar = archive.build_archive([tiny_ensemble], spaced / "e.mar")
     folder = archive.unpack_archive(mar, spaced / "again")
+    assert contents.read_contents(folder) is not None
     for path in tiny_ensemble.iterdir():
         assert (folder / path.name).read_bytes() == path.read_bytes()
 
@@ -140,6 +142,82 @@ def test_a_flipped_byte_is_named(mar: Path, spaced: Path) -> None:
     for read in (archive.verify_archive, lambda path: archive.unpack_archive(path, spaced / "unpacked")):
         with pytest.raises(ArchiveError, match=r"member-0\.safetensors is damaged"):
             read(damaged)
+
+
+@pytest.mark.parametrize("name", ["canary.safetensors", "ensemble_handler.py", "archive.yaml"])
+def test_any_other_file_that_changed_is_named(mar: Path, spaced: Path, name: str) -> None:
+    for number, change in enumerate((lambda data: flip(data, 40), lambda data: None)):
+        damaged = rewrite(mar, spaced / f"{number}.mar", lambda file, data, change=change: change(data) if file == name else data)
+        if name == "archive.yaml" and number == 1:  # as of archives made before there was one
+            assert archive.verify_archive(damaged)["canary"] is None
+            with pytest.raises(ArchiveError, match="has no canary"):
+                archive.try_archive(damaged)
+            continue
+        with pytest.raises(ArchiveError, match=name):
+            archive.verify_archive(damaged)
+
+
+def test_an_unpacked_archive_is_checked_file_by_file(mar: Path, spaced: Path) -> None:
+    folder = archive.unpack_archive(mar, spaced / "unpacked")
+    contents.check_files(folder)
+    with (folder / "ensemble_handler.py").open("a") as file:
+        file.write("\n")
+    with pytest.raises(ArchiveError, match=r"ensemble_handler\.py is damaged"):
+        contents.check_files(folder)
+    (folder / "ensemble_handler.py").unlink()
+    with pytest.raises(ArchiveError, match=r"ensemble_handler\.py is missing"):
+        contents.check_files(folder)
+
+
+@pytest.mark.parametrize(
+    ("own", "served", "refused"),
+    [
+        ("0.3.1", ["0.3.0", "0.3.9", "0.3", "0.3.0.dev1"], ["0.2.9", "0.4.0", "1.0", "0.30.0", "no version", "None"]),
+        ("1.4.0", ["1.0", "1.4.9", "1.0.0"], ["1.5.0", "2.0", "0.9"]),
+    ],
+)
+def test_an_archive_is_served_by_its_own_series(
+    own: str, served: list[str], refused: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deepdisc_ops.__version__", own)
+    for version in served:
+        archive.check_version({"package_version": version})
+    for version in refused:
+        with pytest.raises(ArchiveError, match="build"):
+            archive.check_version({"package_version": version})
+
+
+def test_an_archive_of_another_series_is_not_verified(mar: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deepdisc_ops.__version__", "9.0.0")
+    with pytest.raises(ArchiveError, match=r"made by deepdisc-ops .*, this is 9\.0\.0"):
+        archive.verify_archive(mar)
+    assert archive.inspect_archive(mar)["members"]
+
+
+def test_half_the_bytes_at_a_price_that_is_told(checkpoints: list[Path], mar: Path, spaced: Path) -> None:
+    small = archive.build_archive(checkpoints, spaced / "half.mar", half=True, on_failure="skip", dust=DustSource(source="sfd"))
+    told, whole = archive.try_archive(small), archive.inspect_archive(mar)
+    assert 0.4 < told["members"][0]["bytes"] / whole["members"][0]["bytes"] < 0.65
+    assert 0 < told["half"]["density"] < 0.2
+    assert 0 < told["half"]["redshift"] < 0.05
+    assert whole["half"] is None
+    assert (told["on_failure"], whole["on_failure"]) == ("skip", "raise")
+    assert told["dust"] == {"source": "sfd", "scale": 1.0}
+    again = archive.build_archive(
+        checkpoints, spaced / "x" / "half.mar", half=True, on_failure="skip", dust=DustSource(source="sfd")
+    )
+    assert again.read_bytes() == small.read_bytes()
+
+
+def test_memory_follows_members_windows_and_swapping(mar: Path, checkpoints: list[Path], spaced: Path) -> None:
+    two, one = (archive.inspect_archive(archive.build_archive(c, spaced / "m.mar")) for c in (checkpoints, checkpoints[:1]))
+    both, alone = memory.estimate(two, 512), memory.estimate(one, 512)
+    assert both.weights == 2 * alone.weights
+    assert memory.estimate(two, 512, "swap") == alone
+    parameters = sum(tensor.nbytes for tensor in load_file(checkpoints[0] / "member.safetensors").values())
+    assert parameters < alone.weights < 3 * parameters
+    assert memory.estimate(one, 1024).window == 4 * alone.window
+    assert memory.estimate(one, 1024).network == alone.network
 
 
 def test_a_missing_member_is_named(mar: Path, spaced: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -160,6 +161,20 @@ def test_detections_come_home(n: int, rng: np.random.Generator) -> None:
         assert one.dtype == other.dtype
         assert one.shape == other.shape
     assert wire.reply_versions(body) == {"model_version": "abc", "package_version": "1.2"}
+
+
+def test_masks_and_further_columns_come_home(rng: np.random.Generator) -> None:
+    masks = rng.integers(0, 256, (4, 28, 28), np.uint8)
+    sent = replace(detections(4, 2, rng), masks=masks, extra={"flux": rng.random((4, 3)), "name_of_ours": np.arange(4)})
+    body = wire.encode_detections(
+        sent, model_version="a", package_version="b", request="tile-1", seconds={"read": 0.5}, notes={"pdf_grid": "grid:0,1,2"}
+    )
+    received = wire.decode_detections(body)
+    np.testing.assert_array_equal(received.masks, masks)
+    assert received.extra.keys() == sent.extra.keys()
+    for name, column in sent.extra.items():
+        np.testing.assert_array_equal(received.extra[name], column)
+    assert wire.reply_origin(body) == wire.Origin("tile-1", "a", "b", {"read": 0.5}, {"pdf_grid": "grid:0,1,2"})
 
 
 def test_a_reply_that_is_none_of_ours_is_an_error(rng: np.random.Generator) -> None:
