@@ -90,7 +90,7 @@ def install_detectron2(wheel: Path | None = None, progress: Progress | None = No
     with tempfile.TemporaryDirectory() as scratch:
         if wheel is None:
             tell(f"fetching {WANTED}")
-            wheel = _download(Path(scratch))
+            wheel = download_wheel(Path(scratch))
         _check_hash(wheel)
         _remove_remains(site)
         tell(f"unpacking into {site}")
@@ -146,7 +146,7 @@ def _import_fault(first: Sequence[str]) -> str | None:
     return None if result.returncode == 0 else _last_line(result.stderr)
 
 
-def _download(folder: Path) -> Path:
+def download_wheel(folder: Path) -> Path:
     """Let pip fetch the wheel, with its hash required, as the users' own pip settings say."""
     if importlib.util.find_spec("pip") is None:
         raise SetupError("this environment has no pip to fetch detectron2 with; give the wheel's path instead")

@@ -19,6 +19,7 @@ from deepdisc_ops.cli.console import console, progress_bar
 from deepdisc_ops.cli.data import data_app
 from deepdisc_ops.cli.doctor import doctor
 from deepdisc_ops.cli.evaluate import evaluate
+from deepdisc_ops.cli.images import images_app
 from deepdisc_ops.cli.members import members_app
 from deepdisc_ops.cli.model import model_app
 from deepdisc_ops.cli.predict import predict
@@ -43,6 +44,7 @@ for name, sub in {
     "serve": serve_app,
     "setup": setup_app,
     "data": data_app,
+    "images": images_app,
     "model": model_app,
     "truth": truth_app,
     "track": track_app,

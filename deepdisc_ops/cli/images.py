@@ -1,0 +1,465 @@
+"""``deepdisc-ops images``: Apptainer images of the whole environment."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from rich.table import Table
+
+from deepdisc_ops.cli.console import console
+from deepdisc_ops.errors import ConfigError
+
+if TYPE_CHECKING:
+    from deepdisc_ops.hpc.containers.render import Kind
+    from deepdisc_ops.hpc.containers.run import Place
+    from deepdisc_ops.hpc.containers.runtime import Runtime
+
+images_app = typer.Typer(no_args_is_help=True, help="Container images for clusters: rendered, linted, built, tested, run.")
+
+Base = Literal["debootstrap", "registry"]
+TargetName = Annotated[str, typer.Argument(metavar="TARGET", help="cpu, cuda or rocm.")]
+Image = Annotated[Path, typer.Argument(help="The image, NAME.sif.")]
+Given = Annotated[list[str] | None, typer.Option("--set", help="An argument of the definition, NAME=VALUE; may be repeated.")]
+GivenFile = Annotated[Path | None, typer.Option("--arguments", help="Arguments in YAML, as `images resolve` writes them.")]
+Lock = Annotated[Path | None, typer.Option(help="The lock, where it is not the target's own.")]
+Program = Annotated[Path | None, typer.Option(help="apptainer or singularity, where it is not on PATH.")]
+Binds = Annotated[
+    list[str] | None,
+    typer.Option("--bind", help="What is seen inside: SOURCE, SOURCE:INSIDE or SOURCE:INSIDE:ro; may be repeated."),
+]
+Folder = Annotated[Path, typer.Option(help="The working folder, seen inside under its own name.")]
+Temporary = Annotated[Path | None, typer.Option(help="Folder seen as /tmp; without one a fresh one of this machine's.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the command and do nothing.")]
+Words = Annotated[list[str] | None, typer.Argument(help="After --, words for the program inside.")]
+App = Annotated[str | None, typer.Option(help="A role: train, tune, serve or mlflow; else any verb.")]
+
+
+@images_app.command("targets")
+def images_targets() -> None:
+    """Show what images can be made for.
+
+    Example: `deepdisc-ops images targets`
+    """
+    from deepdisc_ops.hpc.containers.targets import load_targets
+
+    table = Table("target", "for", "options", "needs", "here", "mind")
+    for one in load_targets().values():
+        state = "built and run" if one.built else "rendered and linted, NOT built"
+        table.add_row(one.name, one.summary, " ".join(one.flags) or "-", " ".join(one.requires) or "-", state, one.note)
+    console.print(table)
+
+
+@images_app.command("render")
+def images_render(
+    target: TargetName = "cpu",
+    what: Annotated[
+        Literal["environment", "base", "containerfile"], typer.Option(help="Which of the target's files.")
+    ] = "environment",
+    base: Annotated[Base, typer.Option(help="What the base is made from.")] = "debootstrap",
+    given: Given = None,
+    arguments: GivenFile = None,
+    lock: Lock = None,
+    out: Annotated[Path | None, typer.Option(help="File to write; printed without one.")] = None,
+) -> None:
+    """Write a definition with its arguments put in, or a Containerfile of the same content for podman-hpc and Shifter.
+
+    Example: `deepdisc-ops images render cpu --what base --set MIRROR=MIRROR`
+    """
+    from deepdisc_ops.hpc.containers.render import render, render_containerfile
+
+    values = _values(target, _given(given, arguments), lock)
+    text = render_containerfile(values) if what == "containerfile" else render(_kind(what, base), values)
+    if out is None:
+        print(text, end="")
+        return
+    out.write_text(text)
+    console.print(f"{out}: {what} for {target}")
+    _say_unbuilt(target)
+
+
+@images_app.command("lint")
+def images_lint(
+    files: Annotated[list[Path] | None, typer.Argument(help="Definition files; without any, those of every target.")] = None,
+    given: Given = None,
+) -> None:
+    """Read definition files strictly; exit code 1 if something is wrong.
+
+    Example: `deepdisc-ops images lint my.def`
+    """
+    from deepdisc_ops.hpc.containers.definition import read_definition
+    from deepdisc_ops.hpc.containers.lint import lint
+    from deepdisc_ops.hpc.containers.render import KINDS, PLACEHOLDERS, arguments, render
+    from deepdisc_ops.hpc.containers.targets import load_targets
+
+    faults = 0
+    if files:
+        for path in files:
+            if not path.is_file():
+                raise ConfigError(f"{path} does not exist; give definition files")
+            findings = lint(read_definition(path.read_text()), _given(given, None))
+            faults += _tell_findings(str(path), findings)
+    else:
+        from deepdisc_ops.hpc.containers.targets import Provenance
+
+        for target in load_targets().values():
+            values = arguments(target, Provenance("0", "0", "0"), PLACEHOLDERS)
+            for kind in KINDS:
+                faults += _tell_findings(f"{target.name}: {kind}", lint(read_definition(render(kind, values))))
+            _say_unbuilt(target.name)
+    raise typer.Exit(1 if faults else 0)
+
+
+@images_app.command("resolve")
+def images_resolve(
+    target: TargetName = "cpu",
+    image: Annotated[str | None, typer.Option(help="A base in the site's registry, HOST/REPOSITORY:TAG.")] = None,
+    index: Annotated[str | None, typer.Option(help="Index of the target's wheels of torch (rocm).")] = None,
+    out: Annotated[Path, typer.Option(help="YAML file for --arguments.")] = Path("arguments.yaml"),
+) -> None:
+    """Ask the site for what only it can know: the digest of a base, the mirror of its apt.
+
+    Example: `deepdisc-ops images resolve cpu --image registry.example.org/python:3.11-slim-bookworm`
+    """
+    import yaml
+
+    from deepdisc_ops.hpc.containers import resolve
+    from deepdisc_ops.hpc.containers.targets import load_target
+
+    found = {"BASE_IMAGE": resolve.base_image(image)} if image else {"MIRROR": resolve.debian_mirror()}
+    if index:
+        found["WHEEL_INDEX"] = index
+    if missing := [name for name in load_target(target).requires if name not in found]:
+        raise ConfigError(f"target {target} also needs {', '.join(missing)}; give --index URL")
+    out.write_text(yaml.safe_dump(found))
+    for name, value in found.items():
+        console.print(f"{name}: {value}", soft_wrap=True)
+
+
+@images_app.command("lock")
+def images_lock(
+    target: TargetName = "cpu",
+    constraints: Annotated[Path, typer.Option(help="NAME==VERSION lines of everything.")] = Path("constraints.txt"),
+    index: Annotated[str | None, typer.Option(help="Index of the target's wheels of torch (rocm).")] = None,
+    out: Annotated[Path | None, typer.Option(help="The lock to write; without one the target's own in this checkout.")] = None,
+) -> None:
+    """Make a lock: every package with its version and hash, as pip resolves them here.
+
+    Example: `deepdisc-ops images lock cpu --out lock.txt`
+    """
+    from deepdisc_ops.hpc.containers.lock import make_lock
+    from deepdisc_ops.hpc.containers.targets import load_target
+
+    chosen = load_target(target)
+    if chosen.requires and index is None:
+        raise ConfigError(f"target {target} takes torch from an index of its own; give --index URL")
+    with console.status("asking the index"):
+        count = make_lock(constraints, path := out or chosen.lock_path, torch_index=index)
+    console.print(f"{path}: {count} packages")
+
+
+@images_app.command("wheelhouse")
+def images_wheelhouse(
+    out: Annotated[Path, typer.Argument(help="Folder for the wheels; what is there is kept.")],
+    target: Annotated[str, typer.Option(help="cpu, cuda or rocm.")] = "cpu",
+    lock: Lock = None,
+    package: Annotated[Path | None, typer.Option(help="deepdisc-ops itself: a checkout or a wheel; this checkout else.")] = None,
+    index: Annotated[str | None, typer.Option(help="A further index, such as that of ROCm's wheels.")] = None,
+    check: Annotated[bool, typer.Option("--check", help="Only compare what is there with its hashes.")] = False,
+) -> None:
+    """Collect every wheel of a lock with its hash, for building without a network.
+
+    Example: `deepdisc-ops images wheelhouse wheels`
+    """
+    from deepdisc_ops.hpc.containers import wheelhouse
+    from deepdisc_ops.hpc.containers.targets import load_target
+
+    house = (
+        wheelhouse.check(out)
+        if check
+        else wheelhouse.collect(lock or load_target(target).lock_path, out, package or _checkout(), index=index, tell=console.print)
+    )
+    console.print(f"{house.folder}: {house.wheels} wheels, {house.size / 1e9:.2f} GB, digest {house.digest[:12]}")
+
+
+@images_app.command("build")
+def images_build(
+    out: Annotated[Path, typer.Argument(help="The image to write, NAME.sif.")],
+    target: Annotated[str, typer.Option(help="cpu, cuda or rocm.")] = "cpu",
+    on: Annotated[Path | None, typer.Option(help="Base image to build the environment on; without one the base is built.")] = None,
+    wheels: Annotated[Path | None, typer.Option(help="Wheelhouse, for the environment.")] = None,
+    base: Annotated[Base, typer.Option(help="What a base is made from.")] = "debootstrap",
+    given: Given = None,
+    arguments: GivenFile = None,
+    lock: Lock = None,
+    temporary: Annotated[Path | None, typer.Option(help="Folder to unpack in; some 10 GB for the environment.")] = None,
+    program: Program = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Build a base, or with --on and --wheels the environment; the old image stays until the new one is whole.
+
+    Example: `deepdisc-ops images build base.sif && deepdisc-ops images build deepdisc-ops.sif --on base.sif --wheels wheels`
+    """
+    from deepdisc_ops.hpc.containers import build, wheelhouse
+    from deepdisc_ops.hpc.containers.render import render
+    from deepdisc_ops.hpc.containers.resolve import debian_mirror
+    from deepdisc_ops.hpc.containers.runtime import is_image
+
+    runtime, known = _runtime(program), _given(given, arguments)
+    if (on is None) != (wheels is None):
+        raise ConfigError("the environment is built with both --on BASE.sif and --wheels DIR, the base with neither")
+    binds: list[str] = []
+    if on is not None and wheels is not None:
+        if not is_image(on):
+            raise ConfigError(f"{on} is no image; build the base first: deepdisc-ops images build {on}")
+        house = wheelhouse.check(wheels)
+        known |= {"BASE": str(on.absolute()), "WHEELS_DIGEST": house.digest}
+        binds = [f"{wheels.absolute()}:/mnt/wheels:ro"]
+    elif base == "debootstrap" and "MIRROR" not in known:
+        known["MIRROR"] = debian_mirror()
+    text = render(_kind("environment" if on else "base", base), _values(target, known, lock))
+    if dry_run:
+        build.check_definition(text, str(out))
+        words, mode = build.plan(runtime, text, out, Path("RENDERED.def"))
+        console.print(mode.why, soft_wrap=True)
+        prefix = [f"APPTAINER_BINDPATH={','.join(binds)}"] if binds else []
+        print(shlex.join([*prefix, *runtime.command(["build"], words)]))
+        return
+    built = build.build(runtime, text, out, binds=binds, temporary=temporary, tell=console.print)
+    console.print(f"{built.path}: {built.size / 1e6:.0f} MB in {built.seconds:.0f} s")
+
+
+@images_app.command("test")
+def images_test(
+    image: Image,
+    roles: Annotated[list[str] | None, typer.Option("--app", help="A role; all four without one.")] = None,
+    binds: Binds = None,
+    folder: Folder = Path(),
+    temporary: Temporary = None,
+    program: Program = None,
+) -> None:
+    """Run the tests of an image's roles; exit code 1 if one fails.
+
+    Example: `deepdisc-ops images test deepdisc-ops.sif`
+    """
+    from deepdisc_ops.hpc.containers import run
+
+    failed = 0
+    for one in run.try_roles(_runtime(program), image, _place(folder, binds, temporary), roles or run.ROLES):
+        failed += bool(one.answer.code)
+        console.print(
+            f"{one.role}: {'FAILED, ' + one.answer.fault if one.answer.code else 'well'} ({one.seconds:.0f} s)", soft_wrap=True
+        )
+    raise typer.Exit(1 if failed else 0)
+
+
+@images_app.command("run")
+def images_run(
+    image: Image,
+    words: Words = None,
+    app: App = None,
+    binds: Binds = None,
+    folder: Folder = Path(),
+    temporary: Temporary = None,
+    program: Program = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Run a verb inside, or the app of a role; its exit code is ours.
+
+    Example: `deepdisc-ops images run deepdisc-ops.sif --bind scenes --app train -- small --out run --set data.path=scenes`
+    """
+    from deepdisc_ops.hpc.containers import run
+
+    runtime, place = _runtime(program), _place(folder, binds, temporary)
+    if dry_run:
+        chosen = [*run.options(runtime, image, place), *(["--app", app] if app else [])]
+        print(shlex.join(runtime.command(["run"], [*chosen, str(image), *(words or ())])))
+        return
+    raise typer.Exit(run.run(runtime, image, words or (), place, app=app))
+
+
+@images_app.command("shell")
+def images_shell(
+    image: Image, binds: Binds = None, folder: Folder = Path(), temporary: Temporary = None, program: Program = None
+) -> None:
+    """Open a shell inside.
+
+    Example: `deepdisc-ops images shell deepdisc-ops.sif`
+    """
+    from deepdisc_ops.hpc.containers import run
+
+    raise typer.Exit(run.shell(_runtime(program), image, _place(folder, binds, temporary)))
+
+
+@images_app.command("words")
+def images_words(image: Image, binds: Binds = None, folder: Folder = Path(), program: Program = None) -> None:
+    """Print what runs a job's commands inside, for `slurm render --set environment.container=...`.
+
+    Example: `deepdisc-ops slurm render --set environment.container="$(deepdisc-ops images words deepdisc-ops.sif)" -- train small`
+    """
+    from deepdisc_ops.hpc.containers import run
+
+    print(json.dumps(run.job_words(_runtime(program), image, _place(folder, binds, None))))
+
+
+@images_app.command("start")
+def images_start(
+    image: Image,
+    name: Annotated[str, typer.Argument(help="The instance's name.")],
+    words: Words = None,
+    app: App = None,
+    binds: Binds = None,
+    folder: Folder = Path(),
+    temporary: Temporary = None,
+    program: Program = None,
+) -> None:
+    """Start a service as an instance: --app serve or mlflow; without one, a machine to enter.
+
+    Example: `deepdisc-ops images start deepdisc-ops.sif sky --app serve -- ensemble.mar --run-dir server`
+    """
+    from deepdisc_ops.hpc.containers import instances
+
+    started = instances.start(_runtime(program), image, name, words or (), _place(folder, binds, temporary), app=app)
+    console.print(f"{started.name} runs, process {started.pid}; its words are in {started.err}", soft_wrap=True)
+
+
+@images_app.command("stop")
+def images_stop(
+    name: Annotated[str, typer.Argument(help="The instance's name.")],
+    timeout: Annotated[int, typer.Option(min=1, help="Seconds its service has to end.")] = 60,
+    program: Program = None,
+) -> None:
+    """Stop one instance by its name, and nothing else.
+
+    Example: `deepdisc-ops images stop sky`
+    """
+    from deepdisc_ops.hpc.containers import instances
+
+    console.print(f"{name} stopped" if instances.stop(_runtime(program), name, timeout_s=timeout) else f"no instance {name} runs")
+
+
+@images_app.command("list")
+def images_list(program: Program = None) -> None:
+    """Show the instances that run here.
+
+    Example: `deepdisc-ops images list`
+    """
+    from deepdisc_ops.hpc.containers import instances
+
+    table = Table("instance", "process", "image")
+    for one in instances.running(_runtime(program)):
+        table.add_row(one.name, str(one.pid), one.image)
+    console.print(table)
+
+
+@images_app.command("labels")
+def images_labels(
+    image: Image, name: Annotated[str | None, typer.Argument(help="One label; all without it.")] = None, program: Program = None
+) -> None:
+    """Print what an image says of its origin; exit code 1 if it lacks the label asked for.
+
+    Example: `deepdisc-ops images labels deepdisc-ops.sif org.deepdisc-ops.commit`
+    """
+    from deepdisc_ops.hpc.containers import build
+
+    found = build.labels(_runtime(program), image)
+    if name is None:
+        for key in sorted(found):
+            print(f"{key}: {found[key]}")
+        return
+    if name not in found:
+        raise typer.Exit(1)
+    print(found[name])
+
+
+@images_app.command("sbom")
+def images_sbom(
+    image: Image,
+    out: Annotated[Path, typer.Option(help="CycloneDX file to write.")] = Path("sbom.json"),
+    audit: Annotated[bool, typer.Option("--audit", help="Also tell known vulnerabilities, where the index does.")] = False,
+    program: Program = None,
+) -> None:
+    """Write an image's bill of materials; exit code 1 if --audit knows something against it.
+
+    Example: `deepdisc-ops images sbom deepdisc-ops.sif --out sbom.json --audit`
+    """
+    from deepdisc_ops.hpc.containers import sbom
+
+    runtime = _runtime(program)
+    console.print(f"{out}: {sbom.bill(runtime, image, out)} components")
+    if not audit:
+        return
+    known = sbom.audit(runtime, image)
+    table = Table("package", "version", "known as", "mended in")
+    for row in known:
+        table.add_row(row["package"], row["version"], row["id"], row["fixed"] or "-")
+    console.print(table if known else "nothing is known against its packages")
+    raise typer.Exit(1 if known else 0)
+
+
+def _runtime(program: Path | None) -> Runtime:
+    from deepdisc_ops.hpc.containers.runtime import find_runtime
+
+    return find_runtime(program)
+
+
+def _place(folder: Path, binds: list[str] | None, temporary: Path | None) -> Place:
+    from deepdisc_ops.hpc.containers.run import Place
+
+    return Place(folder.absolute(), tuple(binds or ()), temporary)
+
+
+def _kind(what: str, base: Base) -> Kind:
+    if what == "environment":
+        return "environment"
+    return "base-debootstrap" if base == "debootstrap" else "base-registry"
+
+
+def _given(pairs: Iterable[str] | None, path: Path | None) -> dict[str, str]:
+    """Arguments of a file, and over them those of --set."""
+    from deepdisc_ops.config import read_yaml
+
+    found = {name: str(value) for name, value in read_yaml(path).items()} if path else {}
+    for pair in pairs or ():
+        name, separator, value = pair.partition("=")
+        if not name or not separator:
+            raise ConfigError(f"--set {pair!r} is not of the form NAME=VALUE")
+        found[name] = value
+    return found
+
+
+def _values(target: str, given: dict[str, str], lock: Path | None) -> dict[str, str]:
+    from deepdisc_ops.hpc.containers.render import arguments
+    from deepdisc_ops.hpc.containers.targets import load_target, provenance
+
+    chosen = load_target(target)
+    return arguments(chosen, provenance(lock or chosen.lock_path), given)
+
+
+def _checkout() -> Path:
+    from deepdisc_ops import resources
+
+    root = resources.find("containers").parent
+    if not (root / "pyproject.toml").is_file():
+        raise ConfigError("this is no checkout; give deepdisc-ops itself with --package: a checkout or a wheel")
+    return root
+
+
+def _say_unbuilt(target: str) -> None:
+    from deepdisc_ops.hpc.containers.targets import load_target
+
+    if not load_target(target).built:
+        console.print(f"{target} was NOT built by us: rendered and linted only")
+
+
+def _tell_findings(name: str, findings: Iterable[object]) -> int:
+    found = list(findings)
+    for one in found:
+        console.print(f"{name}: {one}", markup=False, soft_wrap=True)
+    if not found:
+        console.print(f"{name}: nothing found", markup=False)
+    return len(found)
