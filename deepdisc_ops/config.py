@@ -99,6 +99,9 @@ class DataSettings(Settings):
     )
     crop: PositiveInt = Field(128, description="side of the square training crops")
     min_box: PositiveFloat = Field(11.0, description="boxes are widened to this size about the object's centre")
+    centred_boxes: bool = Field(
+        False, description="widen boxes until the object's position is their centre: that of a mask may lie arcseconds off"
+    )
     balance: Annotated[float, Field(ge=0, le=1)] = Field(
         0.0,
         description="0: every image once an epoch; 1: redshift labels flat in z, crops drawn around objects and labels of crowded "

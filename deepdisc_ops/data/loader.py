@@ -201,14 +201,17 @@ class Labels:
 def label(objects: Objects, info: DatasetInfo, model: ModelSettings, data: DataSettings) -> Labels:
     """Widen small boxes about the objects' centres, name the classes, and leave redshifts to gold galaxies alone.
 
-    The gold cut applies to the redshift only; every object trains detection (LSST paper). An unknown E(B-V) becomes
-    ``data.default_ebv``.
+    With ``data.centred_boxes`` all boxes are widened until they are centred on their objects. The gold cut applies to the redshift
+    only; every object trains detection (LSST paper). An unknown E(B-V) becomes ``data.default_ebv``.
     """
     _check_gold_band(info, model)
     centres = np.stack([objects.x, objects.y], axis=1) + 0.5
     codes = [model.classes.index(name) for name in CLASS_NAMES] if len(model.classes) > 1 else [0, 0]
     low = np.minimum(objects.boxes[:, :2], centres - data.min_box / 2)
     high = np.maximum(objects.boxes[:, 2:], centres + data.min_box / 2)
+    if data.centred_boxes:
+        half = np.maximum(centres - low, high - centres)
+        low, high = centres - half, centres + half
     return Labels(
         boxes=np.concatenate([low, high], axis=1).astype(np.float32),
         centres=centres,

@@ -235,6 +235,13 @@ def test_small_boxes_are_widened_about_the_centre() -> None:
     np.testing.assert_allclose(labels.boxes, [[5, 15, 16, 26]])
 
 
+def test_boxes_are_centred_on_their_objects_where_that_is_asked() -> None:
+    truth = replace(objects([10.0, 50.0], [20.0, 50.0]), boxes=np.array([[4.5, 14.5, 40.5, 30.5], [49, 49, 52, 52]], np.float32))
+    labels = label(truth, INFO, MODEL, settings(min_box=11, centred_boxes=True))
+    np.testing.assert_allclose((labels.boxes[:, :2] + labels.boxes[:, 2:]) / 2, labels.centres)
+    np.testing.assert_allclose(labels.boxes, [[-19.5, 10.5, 40.5, 30.5], [45, 45, 56, 56]])
+
+
 def test_a_box_cut_by_the_edge_of_the_image_keeps_its_other_side() -> None:
     truth = objects([2.0], [20.0], boxes=np.array([[0, 8, 22, 33]], np.float32))
     np.testing.assert_allclose(label(truth, INFO, MODEL, settings(min_box=11)).boxes, [[-3, 8, 22, 33]])
