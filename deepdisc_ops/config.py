@@ -395,6 +395,8 @@ class EnsembleSettings(Settings):
         "every mixture has as many columns as all members together",
     )
 
+    calibrated: bool = Field(True, description="recalibrate mixtures, where `members calibrate` has learned how")
+
     @model_validator(mode="after")
     def _merges(self) -> EnsembleSettings:
         if self.max_divergence is not None and self.components is None:

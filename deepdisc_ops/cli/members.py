@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -141,6 +142,39 @@ def members_tune(
     if not dry_run:
         store(member, tuning.best)
         console.print(f"{member} has them from now on; weigh and pack ensembles of it again")
+
+
+@members_app.command("calibrate")
+def members_calibrate(
+    ensemble: Annotated[Path, typer.Argument(help="An ensemble folder; its ensemble.yaml takes the calibration.")],
+    data: Annotated[Path, typer.Option(help="Data set of images that no member was trained or chosen on.")],
+    split: Annotated[str, typer.Option(help="Split of the data set.")] = "calibration",
+    device: Annotated[str, typer.Option(help="torch device, such as cpu or cuda:0.")] = "cpu",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Tell what it gives and leave the ensemble as it is.")] = False,
+    undo: Annotated[bool, typer.Option("--undo", help="Take the calibration out again.")] = False,
+) -> None:
+    """Learn how an ensemble's redshift densities are off, and correct them from now on; `--set calibrated=false` leaves that out.
+
+    Example: `deepdisc-ops members calibrate ensemble --data scenes --split calibration`
+    """
+    from deepdisc_ops.inference.calibrating import learn_calibration, store_calibration
+
+    if undo:
+        store_calibration(ensemble, None)
+        console.print(f"{ensemble} is not calibrated any more")
+        return
+    with progress_bar("calibrating", 1, "images") as advance:
+        learned = learn_calibration(ensemble, data, split, device=device, progress=lambda done, total: advance(done, "", total))
+    found = learned.calibration
+    console.print(
+        f"{found.objects} gold galaxies: shift {found.shift[0]:+.4f} (1 + z), widths times {math.exp(found.log_width[0]):.3f}, "
+        f"weights to the power of {math.exp(-found.log_temperature[0]):.3f}; NLL {found.nll_before:.4f} -> {found.nll_after:.4f}"
+    )
+    halves = ", ".join(f"{before:.4f} -> {after:.4f}" for before, after in learned.ks)
+    console.print(f"PIT KS of either half of the images, calibrated on the other: {halves}")
+    if not dry_run:
+        store_calibration(ensemble, found)
+        console.print(f"{ensemble} is calibrated from now on; archives of it are to be built again")
 
 
 def _select_greedily(uri: str, sweep: str, k: int, conditions: Conditions, given: Mapping[str, Any], into: Path) -> GreedyChoice:

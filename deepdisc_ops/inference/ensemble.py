@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 import deepdisc_ops
 from deepdisc_ops.config import EnsembleSettings, validate
-from deepdisc_ops.errors import ArchiveError, CheckpointError, DeepdiscOpsError, ImageError
+from deepdisc_ops.errors import ArchiveError, CheckpointError, ConfigError, DeepdiscOpsError, ImageError
 from deepdisc_ops.inference import window
 from deepdisc_ops.inference.combine import combine, combine_aligned, member_weights
 from deepdisc_ops.inference.engine import Member
@@ -37,6 +37,7 @@ from deepdisc_ops.model.weights import (
     read_info,
     staged,
 )
+from deepdisc_ops.photoz.calibration import Calibration
 from deepdisc_ops.sky.detections import Array, Detections, Flag
 from deepdisc_ops.sky.dust import EbvPlane
 
@@ -62,7 +63,8 @@ class Ensemble:
 
     ``memory`` is "keep" where all networks stay in memory, "swap" where each is read when it is used and there is never more
     than one. ``on_failure`` says what follows when a member fails: "raise" an error that names it, or "skip" it from then on;
-    ``failures`` holds the names of those left out and why. Threads may share an ensemble.
+    ``failures`` holds the names of those left out and why. ``calibration``, of one knot, recalibrates all mixtures unless the
+    settings say otherwise. Threads may share an ensemble.
     """
 
     def __init__(
@@ -73,8 +75,12 @@ class Ensemble:
         memory: Literal["keep", "swap"] = "keep",
         on_failure: Literal["raise", "skip"] = "raise",
         failures: Mapping[str, str] | None = None,
+        calibration: Calibration | None = None,
     ) -> None:
         self.seats, self.settings, self.on_failure = tuple(seats), settings or EnsembleSettings(), on_failure
+        if calibration is not None and len(calibration.knots) > 1:
+            raise ConfigError("the calibration goes by magnitude, which a window does not tell; calibrate with one knot")
+        self.calibration = calibration
         self.failures = dict(failures or {})
         self._turn = threading.Lock() if memory == "swap" else nullcontext()
 
@@ -118,7 +124,9 @@ class Ensemble:
                 log.warning("member %s is left out: %s", entry["name"], _line(error))
         if not seats:
             raise ArchiveError(_all_failed(failures))
-        return cls(seats, settings or own, memory=memory, on_failure=on_failure, failures=failures)
+        learned = description.get("calibration")
+        calibration = None if learned is None else Calibration.from_dict(learned)
+        return cls(seats, settings or own, memory=memory, on_failure=on_failure, failures=failures, calibration=calibration)
 
     @property
     def members(self) -> tuple[Member, ...]:
@@ -230,6 +238,11 @@ class Ensemble:
         lacking = ((0, 0), (0, max(0, self.components - found.weights.shape[1])))
         weights, means = (np.pad(column, lacking) for column in (found.weights, found.means))
         found = replace(found, weights=weights, means=means, sigmas=np.pad(found.sigmas, lacking, constant_values=1))
+        if self.calibration is not None and self.settings.calibrated:
+            nowhere = np.full(len(found), np.nan)
+            mixture = self.calibration.apply(found.weights, found.means, found.sigmas, nowhere)
+            weights, means, sigmas = (part.astype(np.float32) for part in mixture)
+            found = replace(found, weights=weights, means=means, sigmas=sigmas)
         return found if mask is None else found.flagged(window.touches(mask, found.boxes), Flag.MASKED)
 
 

@@ -13,8 +13,6 @@ Glossary: N true and M found objects of an image, I overlaps, S scores that are 
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,7 +27,7 @@ from deepdisc_ops.data.records import DatasetInfo, Record
 from deepdisc_ops.data.store import open_dataset
 from deepdisc_ops.errors import CatalogError, CheckpointError, ConfigError
 from deepdisc_ops.inference.engine import Member
-from deepdisc_ops.model.weights import DESCRIPTION, read_info, write_info
+from deepdisc_ops.model.weights import DESCRIPTION, read_info, write_info, written_aside
 from deepdisc_ops.sky.matching import match_on_sky
 
 SCORES = (*(round(0.05 * i, 2) for i in range(1, 19)), 0.92, 0.94, 0.96, 0.98)
@@ -128,15 +126,8 @@ def store(member_folder: Path, chosen: Trial) -> None:
     found = {"tuned_completeness": chosen.completeness, "tuned_purity": chosen.purity, "tuned_f1": chosen.f1}
     path = member_folder / DESCRIPTION
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=member_folder)
-        os.close(handle)
-        written = Path(name)
-        try:
+        with written_aside(path) as written:
             write_info(written, replace(info, config=config, metrics=info.metrics | found))
-            written.chmod(path.stat().st_mode)
-            written.replace(path)
-        finally:
-            written.unlink(missing_ok=True)
     except OSError as error:
         raise CheckpointError(f"{path} could not be written ({error}); the thresholds are what they were") from None
 

@@ -5,6 +5,7 @@ Weights of other programs are read here too, never by a pickle that may run code
 
 from __future__ import annotations
 
+import os
 import pickle
 import shutil
 import tempfile
@@ -82,6 +83,20 @@ def staged(folder: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """A file beside ``path``, with its permissions, that takes its place when the block ends well and vanishes otherwise."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    os.close(handle)
+    written = Path(name)
+    try:
+        yield written
+        written.chmod(path.stat().st_mode)
+        written.replace(path)
+    finally:
+        written.unlink(missing_ok=True)
 
 
 def recover(folder: Path) -> None:

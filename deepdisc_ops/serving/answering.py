@@ -176,7 +176,14 @@ class Answerer:
         whole = self.ensemble
         seats = [seat for seat in whole.seats if seat.name in names]
         failures = {name: why for name, why in whole.failures.items() if name in names}
-        return Ensemble(seats, whole.settings, memory=self.service.memory, on_failure=whole.on_failure, failures=failures)
+        return Ensemble(
+            seats,
+            whole.settings,
+            memory=self.service.memory,
+            on_failure=whole.on_failure,
+            failures=failures,
+            calibration=whole.calibration,
+        )
 
 
 def _fault(error: Exception) -> Fault:
