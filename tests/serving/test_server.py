@@ -13,6 +13,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from discovered import INFO
 
 from deepdisc_ops.errors import ArchiveError, ConfigError, ServerError, ServerUnreachable
 from deepdisc_ops.serving import discovery, management, processes, render, server, state
@@ -20,31 +21,6 @@ from deepdisc_ops.serving.generation import Generation, _PortTaken, make_temp_di
 from deepdisc_ops.serving.plan import Plan, ServerSettings
 
 PORTS = render.Ports(40001, 40002, 40003, 40004, 40005)
-INFO = server.ServerInfo(
-    url="http://127.0.0.1:40001",
-    token="inference-secret",
-    management_url="http://127.0.0.1:40002",
-    management_token="management-secret",
-    metrics_url="http://127.0.0.1:40003",
-    model="deepdisc",
-    archive="/a/b.mar",
-    model_version="abc",
-    bands=("g", "r"),
-    pixel_scale=0.2,
-    workers=1,
-    max_window=1024,
-    request_bytes=1000,
-    reply_bytes=2000,
-    pid=2**22 + 1,  # above the largest process id of Linux
-    worker_pids=(2**22 + 2,),
-    supervisor_pid=2**22 + 3,
-    generation=1,
-    started=0.0,
-    token_expires="2026-12-21T23:32:45Z",
-    certificate=None,
-    run_dir="/run",
-    package_version="0",
-)
 SAID = state.SupervisorState(2**22 + 3, "serving", 1, 2**22 + 1, "/a/b.mar", None, (), 0, 1.0, 0.0)
 
 
