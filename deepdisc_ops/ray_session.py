@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import secrets
@@ -96,7 +97,8 @@ def joined_ray(address: str, environment: Mapping[str, str] | None = None) -> It
         try:
             yield
         finally:
-            ray.shutdown()
+            with _no_collection():
+                ray.shutdown()
 
 
 @contextmanager
@@ -159,8 +161,26 @@ def _stop(temporary: Path) -> None:
     from deepdisc_ops.ray_guard import ray_processes
 
     processes = ray_processes(psutil.Process(), temporary)
-    ray.shutdown()
+    with _no_collection():
+        ray.shutdown()
     _end(processes)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Collect what refers to Ray while it is there, and nothing while it ends.
+
+    Another thread whose collection comes upon such a reference just then asks a core worker that is no more, and Ray ends the
+    process for it, without a word to Python.
+    """
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _job_cpus() -> int | None:

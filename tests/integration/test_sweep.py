@@ -211,8 +211,8 @@ def test_in_a_population_the_worst_go_on_from_the_best(spaced: Path) -> None:
     rates = [[rate for _, rate in tracker.history(trial.run_id, "lr")] for trial in result.trials]
     assert any(len(set(each)) > 1 for each in rates)
     assert all(0.1 <= rate < 10 for each in rates for rate in each)
-    # nobody ends at a rate as bad as the worst that was drawn
-    assert max(each[-1] for each in rates) < max(each[0] for each in rates)
+    # a new rate may be drawn afresh, but the best is never given up
+    assert min(each[-1] for each in rates) <= min(each[0] for each in rates)
 
 
 @pytest.mark.parametrize("case", ["driver", "trial", "rank", "raylet"])
