@@ -192,7 +192,8 @@ class GaussianMixture:
             bend = (low - 2 * middle + high).clamp_max(-torch.finfo(torch.float64).tiny)
             offset = ((low - high) / (2 * bend)).clamp(-0.5, 0.5)
             at = torch.where(best == inner[:, 1], offset, 0.0) + best + 0.5
-            parts.append(torch.expm1(at * LEAST_RISK_STEP))
+            # sums of products round by what else is in the chunk; no redshift is known that well
+            parts.append(torch.expm1(at * LEAST_RISK_STEP).round(decimals=8))
         return torch.cat(parts)
 
     def sample(self, rng: np.random.Generator, size: int = 1) -> Floats:

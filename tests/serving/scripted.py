@@ -71,6 +71,7 @@ class ScriptedEndpoint:
                 with counting:
                     endpoint.requests.append((self.path, headers, body))
                     endpoint.at_once += 1
+                    self.counted = 1
                     endpoint.most_at_once = max(endpoint.most_at_once, endpoint.at_once)
                     known = endpoint.token is None or headers["authorization"] == f"Bearer {endpoint.token}"
                     scripted = endpoint.script.pop(0) if known and endpoint.script else None
@@ -81,8 +82,17 @@ class ScriptedEndpoint:
                     else:
                         (scripted or (usual(asked) if usual else answer(200, EMPTY)))(self)
                 finally:
-                    with counting:
-                        endpoint.at_once -= 1
+                    self.done()
+
+            def done(self) -> None:
+                """Before the reply goes out, as its receiver may ask for more at once."""
+                with counting:
+                    endpoint.at_once -= self.counted
+                    self.counted = 0
+
+            def send_response(self, code: int, message: str | None = None) -> None:
+                self.done()
+                super().send_response(code, message)
 
             def log_message(self, *_: object) -> None:
                 pass

@@ -88,10 +88,10 @@ def test_one_that_always_fails_does_not_swallow_the_windows(pair: tuple[Scripted
 
 def test_connections_that_are_lost_are_made_again(pair: tuple[ScriptedEndpoint, ScriptedEndpoint]) -> None:
     for end in pair:
-        end.script = [hang_up] * 3
+        end.script = [hang_up]  # one window may meet both, and is given up at the third
     with Fleet.open([end.url for end in pair], token="secret") as fleet:
         assert ask(fleet) == 24
-        assert 0 < sum(fleet.trouble.values()) <= 6
+        assert 0 < sum(fleet.trouble.values()) <= 2
 
 
 def test_nobody_there_is_told_at_once(pair: tuple[ScriptedEndpoint, ScriptedEndpoint]) -> None:
