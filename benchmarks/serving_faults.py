@@ -61,36 +61,38 @@ class Watch(threading.Thread):
 
     def __init__(self, run: Path) -> None:
         super().__init__(daemon=True)
-        self.answers: list[tuple[float, str]] = []
+        self.answers: list[tuple[float, float, str]] = []
         self._run, self._over = run, threading.Event()
 
     def run(self) -> None:
         """Ask until told to stop."""
         while not self._over.wait(PROBE_S):
+            asked = time.monotonic()
             answer = self._ask()
-            self.answers.append((time.monotonic(), answer))
+            self.answers.append((asked, time.monotonic(), answer))
 
     def stop(self) -> None:
         """Ask no more."""
         self._over.set()
         self.join()
 
-    def wait_for_service(self, until: float) -> None:
-        """Wait for a good answer."""
-        while time.monotonic() < until and not (self.answers and self.answers[-1][1] == "200"):
+    def wait_for_service(self, since: float) -> None:
+        """Wait for a good answer to what was asked after ``since``, as long as the client's patience lasts."""
+        while time.monotonic() < since + PATIENCE_S and not self._served(since):
             time.sleep(PROBE_S)
 
     def seconds_until_service(self, since: float) -> float:
-        """From ``since`` to the first good answer after the last failure, 0 where there was none."""
-        after = [(when, answer) for when, answer in self.answers if when >= since]
-        last = max((n for n, (_, answer) in enumerate(after) if answer != "200"), default=None)
-        if last is None:
-            return 0.0
-        return after[last + 1][0] - since if last + 1 < len(after) else float("nan")
+        """From ``since`` to the first good answer after the last failure, to what was asked after both; NaN where there is none."""
+        last = max((asked for asked, _, answer in self.answers if asked >= since and answer != "200"), default=since)
+        return min((when - since for when in self._served(last)), default=float("nan"))
 
     def seen(self, since: float) -> dict[str, int]:
         """How often which failure was answered."""
-        return dict(Counter(answer for when, answer in self.answers if when >= since and answer != "200"))
+        return dict(Counter(answer for _, when, answer in self.answers if when >= since and answer != "200"))
+
+    def _served(self, since: float) -> list[float]:
+        """When good answers came to what was asked after ``since``."""
+        return [when for asked, when, answer in self.answers if asked >= since and answer == "200"]
 
     def _ask(self) -> str:
         try:
@@ -256,7 +258,7 @@ def disturb(work: Work, case: str, expected: Table) -> dict[str, Any]:
             since = time.monotonic()
             CASES[case](Scene(work, run))
             found = table.result()
-        watch.wait_for_service(since + PATIENCE_S)
+        watch.wait_for_service(since)
         watch.stop()
         waited = dict(fleet.trouble)
     difference = differences(found, expected)

@@ -1,6 +1,6 @@
 """An endpoint at work for long: ``python -m benchmarks.soak [--quick] [--requests N]``.
 
-Requests of mixed sizes to one worker, eight at once: searches with and without masks, given boxes, empty windows. Every answer is
+Requests of mixed sizes to one worker, eight at once: searches, given boxes, empty windows, windows by reference. Every answer is
 held against the first to the same question. Memory of the JVM and its worker is measured throughout: at the end it must be within
 5 % of that after the first tenth. A failed request, another answer or more memory ends the program with exit code 1.
 """
@@ -20,11 +20,10 @@ import psutil
 from rich.console import Console
 
 from benchmarks import record
-from benchmarks.endpoints import EBV, cut, noise, percentiles, prepared, serving
+from benchmarks.endpoints import EBV, Work, cut, noise, percentiles, prepared, serving
 from deepdisc_ops.serving import server
 from deepdisc_ops.serving.fleet import Fleet
 from deepdisc_ops.sky.detections import Detections
-from deepdisc_ops.sky.images import SkyImage
 from deepdisc_ops.sky.tiling import Window
 
 SIDES = (64, 96, 128, 192, 256, 384)
@@ -37,23 +36,27 @@ console = Console(width=120, record=True)
 class Soak:
     """Questions to an endpoint, and what came back to each kind of them first."""
 
-    def __init__(self, fleet: Fleet, image: SkyImage, seed: int = 0) -> None:
+    def __init__(self, fleet: Fleet, work: Work, seed: int = 0) -> None:
         self.fleet = fleet
         self.wrong: list[str] = []
         self.seconds: list[float] = []
-        self._image, self._empty = image, noise(fleet, max(SIDES))
+        self._path, self._image = work.path, work.mosaic.read(Window(0, 0, max(SIDES), max(SIDES)))
+        self._empty = noise(fleet, max(SIDES))
         self._first: dict[str, Detections] = {}
         self._lock, self._seed = threading.Lock(), seed
 
     def ask(self, number: int) -> None:
         """One question, drawn by its number."""
         draw = np.random.default_rng((self._seed, number))
-        side, kind = int(draw.choice(SIDES)), str(draw.choice(["search", "masks", "given", "empty"], p=[0.6, 0.1, 0.2, 0.1]))
+        side, kind = int(draw.choice(SIDES)), str(draw.choice(["search", "reference", "given", "empty"], p=[0.6, 0.1, 0.2, 0.1]))
         image, began = cut(self._empty if kind == "empty" else self._image, side), time.monotonic()
         try:
-            found = (
-                self.fleet.redshift(image, BOX, EBV) if kind == "given" else self.fleet.predict(image, EBV, masks=kind == "masks")
-            )
+            if kind == "given":
+                found = self.fleet.redshift(image, BOX, EBV)
+            elif kind == "reference":
+                found = self.fleet.predict_files([self._path], Window(0, 0, side, side), EBV)
+            else:
+                found = self.fleet.predict(image, EBV)
         except Exception as error:  # noqa: BLE001 - whatever it is, it is counted
             with self._lock:
                 self.wrong.append(f"{kind} {side}: {type(error).__name__}: {error}")
@@ -84,16 +87,16 @@ def main() -> None:
     with (
         tempfile.TemporaryDirectory(prefix="soak-") as scratch,
         prepared(Path(scratch), 512) as work,
-        serving(work, "run") as (run,),
+        serving(work, "run", roots=(work.folder,)) as (run,),
+        Fleet.open([run], most=CONCURRENCY) as fleet,
+        ThreadPoolExecutor(CONCURRENCY) as pool,
     ):
-        image = work.mosaic.read(Window(0, 0, max(SIDES), max(SIDES)))
-        with Fleet.open([run], most=CONCURRENCY) as fleet, ThreadPoolExecutor(CONCURRENCY) as pool:
-            soak, began, step = Soak(fleet, image), time.monotonic(), max(1, count // 10)
-            for start in range(0, count, step):
-                list(pool.map(soak.ask, range(start, min(start + step, count))))
-                course.append({"requests": float(min(start + step, count)), **memory_mb(run)})
-                console.print(f"{course[-1]}, {len(soak.wrong)} wrong")
-            seconds, waited = time.monotonic() - began, dict(fleet.trouble)
+        soak, began, step = Soak(fleet, work), time.monotonic(), max(1, count // 10)
+        for start in range(0, count, step):
+            list(pool.map(soak.ask, range(start, min(start + step, count))))
+            course.append({"requests": float(min(start + step, count)), **memory_mb(run)})
+            console.print(f"{course[-1]}, {len(soak.wrong)} wrong")
+        seconds, waited = time.monotonic() - began, dict(fleet.trouble)
     whole = [one["jvm"] + one["workers"] for one in course]
     ratios = {"memory_at_end_over_after_first_tenth": whole[-1] / whole[0]}
     figures = {

@@ -235,7 +235,7 @@ class Outpost:
             with turn:
                 return looker.predictor(image, ebv)
 
-        self._looker = replace(looker, predictor=in_turn, workers=1)
+        self._looker = replace(looker, predictor=in_turn, workers=AT_ONCE)
         return None
 
     def look(self, window: Window) -> tuple[Found, dict[str, str]] | DeepdiscOpsError:

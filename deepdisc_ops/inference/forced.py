@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from deepdisc_ops.errors import CatalogError
 from deepdisc_ops.inference.journal import Found, Journal, no_room, read_found, write_found
-from deepdisc_ops.inference.mosaic import Examiner, Notes, Progress, Search, Survey, answered, read_ahead
+from deepdisc_ops.inference.mosaic import Examiner, Notes, Progress, ReadAhead, Search, Survey, answered
 from deepdisc_ops.inference.window import touches
 from deepdisc_ops.sky.detections import Array, Detections, Flag
 from deepdisc_ops.sky.dust import EbvPlane, EbvSource, plane_over
@@ -58,7 +58,7 @@ class _Task:
 
     def look(self, windows: Iterable[Window]) -> Generator[Found]:
         """The objects asked of each window, in their order."""
-        return read_ahead(windows, self.how.mosaic, self._answer, self.how.workers)
+        return ReadAhead(self.how.mosaic, self._answer, self.how.workers).look(windows)
 
     def _answer(self, window: Window, image: SkyImage) -> Found:
         how, asked = self.how, self.asked[window]

@@ -9,9 +9,10 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Protocol
@@ -23,7 +24,7 @@ from astropy.wcs import WCS
 from deepdisc_ops.errors import ImageError
 from deepdisc_ops.inference.journal import Found, Journal
 from deepdisc_ops.photoz.mixture import GaussianMixture, summarise
-from deepdisc_ops.sky.catalog import Column, Coverage, build_catalog, open_catalog
+from deepdisc_ops.sky.catalog import Column, Coverage, build_catalog, object_ids, open_catalog
 from deepdisc_ops.sky.catalog.coverage import covered_cells
 from deepdisc_ops.sky.detections import Array, Detections, Flag, row_order
 from deepdisc_ops.sky.dust import EbvPlane, EbvSource, plane_over
@@ -42,6 +43,8 @@ Progress = Callable[[int, int, int], None]
 """Called with windows done, windows in all, objects found so far (before seams are reconciled)."""
 SECOND_SIDE = 448
 """Side of the windows of the second pass, below a member's tile (512), so that nothing is cut again."""
+ROWS_AT_ONCE = 4096
+"""Rows of the catalogue that are made at once: a row of windows of a wide mosaic holds many more."""
 PIECE_IOU = 0.15
 """Least IoU of a piece with the whole object."""
 
@@ -69,7 +72,11 @@ class LocalLooker:
 
     def look(self, windows: Iterable[Window]) -> Generator[Found]:
         """As `Looker` says; what a predictor raises comes out here."""
-        return read_ahead(windows, self.mosaic, self._predict, self.workers)
+        return self._threads.look(windows)
+
+    @cached_property
+    def _threads(self) -> ReadAhead:
+        return ReadAhead(self.mosaic, self._predict, self.workers)
 
     def _predict(self, window: Window, image: SkyImage) -> Found:
         valid = int(np.count_nonzero(~image.mask))
@@ -88,26 +95,36 @@ class LocalLooker:
         return Found(own, valid, tuple(told), cells)
 
 
-def read_ahead(
-    windows: Iterable[Window], mosaic: Mosaic, answer: Callable[[Window, SkyImage], Found], workers: int
-) -> Generator[Found]:
-    """What ``answer`` makes of each window, in their order, ``workers`` of them at once and one read ahead."""
-    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(workers) as pool:
-        pending: deque[Future[Found]] = deque()
+class ReadAhead:
+    """A thread that reads the windows of ``mosaic``, and ``workers`` that make of them what ``answer`` does.
 
-        def one(window: Window, image: Future[SkyImage]) -> Found:
-            return answer(window, image.result())
+    The threads are kept for all that is looked at: the allocator and the libraries of the network keep memory for each thread
+    that ever computed.
+    """
 
+    def __init__(self, mosaic: Mosaic, answer: Callable[[Window, SkyImage], Found], workers: int) -> None:
+        self._mosaic, self._answer, self._workers = mosaic, answer, workers
+        self._reader, self._pool = ThreadPoolExecutor(1), ThreadPoolExecutor(workers)
+
+    def look(self, windows: Iterable[Window]) -> Generator[Found]:
+        """The answers in the order of the windows, one of which is read ahead; closing the generator waits for those begun."""
+        pending: deque[tuple[Future[SkyImage], Future[Found]]] = deque()
         try:
             for window in windows:
-                pending.append(pool.submit(one, window, reader.submit(mosaic.read, window)))
-                if len(pending) > workers:
-                    yield pending.popleft().result()
+                image = self._reader.submit(self._mosaic.read, window)
+                pending.append((image, self._pool.submit(self._one, window, image)))
+                if len(pending) > self._workers:
+                    yield pending.popleft()[1].result()
             while pending:
-                yield pending.popleft().result()
+                yield pending.popleft()[1].result()
         finally:
-            for future in pending:
-                future.cancel()
+            for image, found in pending:
+                image.cancel()
+                found.cancel()
+            wait([found for _, found in pending if not found.cancelled()])
+
+    def _one(self, window: Window, image: Future[SkyImage]) -> Found:
+        return self._answer(window, image.result())
 
 
 @dataclass(frozen=True)
@@ -367,7 +384,10 @@ def write_mosaic(
     coverage = Coverage(order) if order is not None else None
     with open_catalog(paths, bands, classes, provenance or {}, wcs) as catalog:
         for objects in search:
-            catalog.write(catalogue_rows(objects, wcs, bands, {}, described or {}))
+            ids = object_ids(objects, wcs)
+            for first in range(0, max(len(objects), 1), ROWS_AT_ONCE):
+                part = np.arange(first, min(first + ROWS_AT_ONCE, len(objects)))
+                catalog.write(catalogue_rows(objects.select(part), wcs, bands, {}, described or {}, ids[part]))
             for cells in search.take_cells():
                 if coverage is not None:
                     coverage.add(cells)
@@ -380,13 +400,21 @@ def write_mosaic(
 
 
 def catalogue_rows(
-    objects: Detections, wcs: WCS | None, bands: Sequence[str], provenance: Mapping[str, str], described: Mapping[str, Column]
+    objects: Detections,
+    wcs: WCS | None,
+    bands: Sequence[str],
+    provenance: Mapping[str, str],
+    described: Mapping[str, Column],
+    ids: Array | None = None,
 ) -> Table:
-    """The rows of ``objects`` in their order; NaN redshifts for those whose mixture is nothing."""
+    """The rows of ``objects`` in their order; NaN redshifts for those whose mixture is nothing.
+
+    ``ids``: where the objects are a part of a list, theirs in it.
+    """
     known = np.flatnonzero((objects.weights > 0).any(axis=1))
     mixtures = [column[known] for column in (objects.weights, objects.means, objects.sigmas)]
     summary = {}
     for name, values in summarise(GaussianMixture.from_arrays(*mixtures)).items():
         summary[name] = np.full(len(objects), np.nan, values.dtype)
         summary[name][known] = values
-    return build_catalog(objects, summary, wcs, provenance, bands, described, as_given=True)
+    return build_catalog(objects, summary, wcs, provenance, bands, described, as_given=True, ids=ids)

@@ -8,6 +8,7 @@ Glossary: N1, N2 objects in the lists, M matches. An empty list is an ordinary v
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -87,13 +88,14 @@ def pairwise_iou_candidates(boxes1: ArrayLike, boxes2: ArrayLike, min_iou: float
     if not 0 < min_iou <= 1:
         raise ValueError(f"min_iou is {min_iou}; expected a number above 0 and at most 1")
     first, second = _boxes(boxes1, "first"), _boxes(boxes2, "second")
-    found = list(_overlap_candidates(first, second, min_iou))
-    i = np.concatenate([pair[0] for pair in found]) if found else np.zeros(0, np.int64)
-    j = np.concatenate([pair[1] for pair in found]) if found else np.zeros(0, np.int64)
-    iou = _iou(first[i], second[j])
-    keep = np.flatnonzero(iou >= min_iou)
-    keep = keep[np.lexsort((j[keep], i[keep]))]
-    return i[keep], j[keep], iou[keep]
+    found = [(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))]
+    for i, j in _overlap_candidates(first, second, min_iou):
+        iou = _iou(first[i], second[j])
+        enough = iou >= min_iou
+        found.append((i[enough], j[enough], iou[enough]))
+    one, other, ious = (np.concatenate(columns) for columns in zip(*found, strict=True))
+    in_order = np.lexsort((other, one))
+    return one[in_order], other[in_order], ious[in_order]
 
 
 def chance_matches(ra1: ArrayLike, dec1: ArrayLike, ra2: ArrayLike, dec2: ArrayLike, radius_arcsec: float) -> float:
@@ -196,14 +198,13 @@ def _boxes(boxes: ArrayLike, which: str) -> Floats:
     return array
 
 
-def _overlap_candidates(first: Floats, second: Floats, min_iou: float) -> list[tuple[Indices, Indices]]:
+def _overlap_candidates(first: Floats, second: Floats, min_iou: float) -> Iterator[tuple[Indices, Indices]]:
     """Pairs that hold all with IoU >= ``min_iou`` and few others.
 
     IoU >= t needs sides whose ratios are above t and centres closer than (1 - t) times the larger side, along x as
     along y. So boxes are grouped by octaves of their longer side, and groups searched with a radius of their own: one
     huge box does not make all others expensive.
     """
-    found = []
     groups1, groups2 = _octaves(first), _octaves(second)
     for octave1, index1 in groups1.items():
         centres1 = (first[index1, :2] + first[index1, 2:]) / 2
@@ -213,8 +214,7 @@ def _overlap_candidates(first: Floats, second: Floats, min_iou: float) -> list[t
                 continue
             radius = (1 - min_iou) * 2.0 ** (max(octave1, octave2) + 1) * (1 + 1e-9) + 1e-9
             i, j, _ = _pairs_within(centres1, (second[index2, :2] + second[index2, 2:]) / 2, radius, norm=np.inf)
-            found.append((index1[i], index2[j]))
-    return found
+            yield index1[i], index2[j]
 
 
 def _octaves(boxes: Floats) -> dict[int, Indices]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable
+import threading
+import time
+from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from deepdisc_ops.errors import CatalogError
+from deepdisc_ops.inference import mosaic as mosaic_room
 from deepdisc_ops.inference.journal import Found, Journal
-from deepdisc_ops.inference.mosaic import LocalLooker, Search, Survey, predict_mosaic, write_mosaic
+from deepdisc_ops.inference.mosaic import LocalLooker, Notes, Search, Survey, predict_mosaic, write_mosaic
 from deepdisc_ops.sky.catalog import read_catalog
 from deepdisc_ops.sky.detections import Detections, Flag
 from deepdisc_ops.sky.dust import EbvPlane, ebv_source
@@ -115,6 +118,54 @@ def test_an_interrupted_search_goes_on_and_looks_nowhere_twice(spaced: Path, who
     assert len(seen) == len(set(seen)) >= tiles
     assert_same(read_catalog(spaced / "catalog.parquet"), whole)
     assert not (spaced / "journal").exists()
+
+
+def test_rows_that_are_made_in_slices_are_those_made_at_once(spaced: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mosaic = sky()
+
+    class Doubled(Notes):
+        """A list that holds each object twice, as no search does, so that ids have to be counted upwards."""
+
+        def __iter__(self) -> Iterator[Detections]:
+            for part in Search(Survey(WIDTH, HEIGHT, 300, 64, 8), LocalLooker(mosaic, local, ebv_source("0.03"))):
+                yield part.select(np.repeat(np.arange(len(part)), 2))
+
+    tables = []
+    for rows in (mosaic_room.ROWS_AT_ONCE, 7):
+        monkeypatch.setattr(mosaic_room, "ROWS_AT_ONCE", rows)
+        write_mosaic(Doubled(), [out := spaced / f"{rows}.parquet"], bands=("g",), wcs=mosaic.wcs)
+        tables.append(read_catalog(out))
+    assert len(tables[0]) > 200
+    assert len(set(tables[0]["id"])) == len(tables[0])
+    assert_same(*tables)
+
+
+def test_a_looker_keeps_its_threads() -> None:
+    mosaic, threads = sky(), set[int]()
+
+    def noting(image: SkyImage, ebv: EbvPlane) -> Detections:
+        threads.add(threading.get_ident())
+        return local(image, ebv)
+
+    looker = LocalLooker(mosaic, noting, ebv_source("0.03"), workers=2)
+    for window in [tile.window for tile in Survey(WIDTH, HEIGHT, 160, 64, 8).tiles()]:
+        list(looker.look([window]))
+    assert len(threads) <= 2
+
+
+def test_windows_that_are_begun_end_before_a_closed_looker_lets_go() -> None:
+    mosaic, begun, ended = sky(), list[int](), list[int]()
+
+    def slow(image: SkyImage, ebv: EbvPlane) -> Detections:
+        begun.append(0)
+        time.sleep(0.2)
+        ended.append(0)
+        return local(image, ebv)
+
+    answers = LocalLooker(mosaic, slow, ebv_source("0.03"), workers=2).look([Window(0, 0, 160, 160)] * 9)
+    next(answers)
+    answers.close()
+    assert len(begun) == len(ended) < 9
 
 
 def test_a_damaged_page_is_looked_at_again(spaced: Path, whole: Table) -> None:

@@ -34,8 +34,8 @@ INTERRUPTED = {"steps": 8, "validate_every": 4, "save_every": 1, "ema_decay": 0.
 def nothing_left_behind() -> Iterator[None]:
     """No rank may outlive the run."""
     yield
-    children = [child.cmdline() for child in psutil.Process().children(recursive=True)]
-    assert [words for words in children if any("spawn_main" in word for word in words)] == []
+    children = (child.as_dict(["cmdline", "status"], ad_value=None) for child in psutil.Process().children(recursive=True))
+    assert [child for child in children if child["status"] != psutil.STATUS_ZOMBIE and _is_rank(child["cmdline"])] == []
 
 
 @pytest.fixture(scope="module")
@@ -244,5 +244,8 @@ def wait_for_children(timeout_s: float = 10) -> None:
 
 
 def _is_orphaned_rank(process: psutil.Process) -> bool:
-    words = process.info["cmdline"] or []
-    return process.info["ppid"] == 1 and any("spawn_main" in word for word in words)
+    return process.info["ppid"] == 1 and _is_rank(process.info["cmdline"])
+
+
+def _is_rank(command: list[str] | None) -> bool:
+    return any("spawn_main" in word for word in command or [])

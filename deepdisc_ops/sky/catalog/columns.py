@@ -15,7 +15,7 @@ from astropy.wcs import WCS
 from numpy.typing import NDArray
 
 from deepdisc_ops.errors import CatalogError
-from deepdisc_ops.sky.catalog.ids import pixel_ids, sky_ids, unique_ids
+from deepdisc_ops.sky.catalog.ids import Ids, pixel_ids, sky_ids, unique_ids
 from deepdisc_ops.sky.catalog.masks import run_lengths
 from deepdisc_ops.sky.coordinates import icrs_positions
 from deepdisc_ops.sky.detections import Array, Detections, row_order
@@ -91,20 +91,20 @@ def build_catalog(
     described: Mapping[str, Column] | None = None,
     *,
     as_given: bool = False,
+    ids: Ids | None = None,
 ) -> Table:
     """A table of `COLUMNS`, then of ``detections.extra`` and the masks, by row of the mosaic unless ``as_given``.
 
     ``summary`` gives the z columns; without ``wcs`` ra and dec are NaN. What `PER_BAND` names, (N, C) in the order of ``bands``,
-    becomes a column a band, with the signal to noise; ``described`` tells what other extra columns are. Raises `CatalogError`.
+    becomes a column a band, with the signal to noise; ``described`` tells what other extra columns are; ``ids`` are `object_ids`,
+    which a part of a list takes from the whole. Raises `CatalogError`.
     """
     order = np.arange(len(detections)) if as_given else row_order(detections.boxes)
     detections = detections.select(order)
     x, y = detections.centres.astype(np.float64).T
-    nowhere = np.full(len(x), np.nan)
-    ra, dec = icrs_positions(wcs, x, y) if wcs is not None else (nowhere, nowhere)
-    boxes = np.nan_to_num(detections.boxes)  # given ones may be nowhere
+    ra, dec = _positions(detections, wcs)
     values: dict[str, Array] = {
-        "id": unique_ids(sky_ids(ra, dec, boxes) if wcs is not None else pixel_ids(boxes)),
+        "id": object_ids(detections, wcs) if ids is None else ids[order],
         "ra": ra,
         "dec": dec,
         "x": x,
@@ -126,6 +126,19 @@ def build_catalog(
     for name, array, column in _extra_columns(detections, bands, described or {}):
         _add(table, name, array, column)
     return table
+
+
+def object_ids(detections: Detections, wcs: WCS | None) -> Ids:
+    """Ids (N,) of a list of objects, each another; see `ids`."""
+    boxes = np.nan_to_num(detections.boxes)  # given ones may be nowhere
+    return unique_ids(sky_ids(*_positions(detections, wcs), boxes) if wcs is not None else pixel_ids(boxes))
+
+
+def _positions(detections: Detections, wcs: WCS | None) -> tuple[Array, Array]:
+    """Right ascension and declination (N,) in degrees, NaN without ``wcs``."""
+    x, y = detections.centres.astype(np.float64).T
+    nowhere = np.full(len(x), np.nan)
+    return icrs_positions(wcs, x, y) if wcs is not None else (nowhere, nowhere)
 
 
 def _extra_columns(
