@@ -264,6 +264,8 @@ def connect(run_dir: PathLike) -> Client:
 
     >>> with connect("server") as endpoint:
     ...     catalog = predict("mosaic.fits", endpoint)
+    >>> len(catalog) > 50
+    True
     """
     from deepdisc_ops.serving.client import Client
 
@@ -273,7 +275,10 @@ def connect(run_dir: PathLike) -> Client:
 def serve(archive: PathLike, run_dir: PathLike = "server", **options: Any) -> Client:
     """Start the endpoint of an archive and return its client; ``options`` of `serving.server.start`. `stop` ends it.
 
-    >>> endpoint = serve("ensemble.mar", "server", workers=2)
+    >>> endpoint = serve("ensemble.mar", "server", threads=1)
+    >>> endpoint.bands
+    ('u', 'g', 'r', 'i', 'z', 'y')
+    >>> endpoint.close()
     """
     from deepdisc_ops.serving import server
 
@@ -285,6 +290,7 @@ def stop(run_dir: PathLike = "server") -> bool:
     """End the endpoint of ``run_dir``; False where there was none.
 
     >>> stop("server")
+    True
     """
     from deepdisc_ops.serving import server
 

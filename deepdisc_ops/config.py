@@ -6,7 +6,6 @@ Lengths are pixels of the survey's images unless a name says otherwise.
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
-from deepdisc_ops.errors import ConfigError
+from deepdisc_ops.errors import ConfigError, did_you_mean, nearest
 
 PRESETS = Path(__file__).with_name("presets")
 NonEmpty = Field(min_length=1)
@@ -46,9 +45,8 @@ def _known_backbone(name: str) -> str:
     if name.startswith(TIMM) and (name in timm_models or not timm_models):
         return name
     candidates = timm_models if name.startswith(TIMM) else (*BACKBONES, *timm_models)
-    wanted = name.lower()
-    near = difflib.get_close_matches(wanted, candidates, n=1) or difflib.get_close_matches(TIMM + wanted, timm_models, n=1)
-    suggestion = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(BACKBONES)}, and the models of timm as {TIMM}NAME"
+    near = nearest(name, candidates) or nearest(TIMM + name, timm_models)
+    suggestion = f"did you mean {near!r}?" if near else f"there are {', '.join(BACKBONES)}, and the models of timm as {TIMM}NAME"
     raise ValueError(f"no backbone has this name; {suggestion}")
 
 
@@ -499,10 +497,7 @@ def with_preset(tree: Mapping[str, Any]) -> dict[str, Any]:
     if "preset" not in tree:
         return rest
     if (name := tree["preset"]) not in presets():
-        near = difflib.get_close_matches(str(name), presets(), n=1)
-        raise ConfigError(
-            f"there is no preset {name!r}, " + (f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(presets())}")
-        )
+        raise ConfigError(f"there is no preset {name!r}, {did_you_mean(str(name), presets())}")
     return _merged(read_yaml(PRESETS / f"{name}.yaml"), rest)
 
 
@@ -571,8 +566,8 @@ def _describe(schema: type[BaseModel], fault: Any) -> str:
     keys = [str(part) for part in fault["loc"]]
     where = ".".join(keys)
     if fault["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(keys[-1], _fields_at(schema, keys[:-1]), n=1)
-        return f"unknown key {where!r}" + (f", did you mean {'.'.join([*keys[:-1], near[0]])!r}?" if near else "")
+        near = nearest(keys[-1], _fields_at(schema, keys[:-1]))
+        return f"unknown key {where!r}" + (f", did you mean {'.'.join([*keys[:-1], near])!r}?" if near else "")
     message = fault["msg"].removeprefix("Value error, ")
     return (
         f"{where}: {message} (found {fault['input']!r})"

@@ -18,6 +18,11 @@
     └── SetupError              a missing or unusable part of the installation
 """
 
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
 
 class DeepdiscOpsError(Exception):
     """Base of all errors meant for the user; the command line prints one line and exits with ``exit_code``."""
@@ -77,3 +82,17 @@ class RequestRejected(ServerError):
 
 class SetupError(DeepdiscOpsError):
     """A part of the installation is missing or cannot be used."""
+
+
+def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """The one of ``known`` most like a word, if any is; ``cutoff`` is how like it must be, from 0 to 1; case does not count."""
+    folded = {name.casefold(): name for name in known}
+    near = difflib.get_close_matches(word.casefold(), folded, n=1, cutoff=cutoff)
+    return folded[near[0]] if near else None
+
+
+def did_you_mean(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """The end of a sentence about a word that is not among ``known``: the nearest, or else all there are."""
+    names = list(known)
+    near = nearest(word, names, cutoff)
+    return f"expected one of {', '.join(names)}" if near is None else f"did you mean {near!r}?"

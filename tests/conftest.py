@@ -1,8 +1,11 @@
-"""What every test shares: seeded randomness and a folder whose name has a space."""
+"""What every test shares: seeded randomness, folders with spaces, small data sets and networks, two network namespaces."""
 
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -75,3 +78,32 @@ def tiny_ensemble(tiny_checkpoints: list[Path], tmp_path_factory: pytest.TempPat
     folder = tmp_path_factory.mktemp("tiny ensemble")
     write_ensemble(folder, tiny_checkpoints)
     return folder
+
+
+@pytest.fixture
+def two_nodes() -> Iterator[dict[str, str]]:
+    """Two network namespaces that reach each other and nothing else: their addresses by their names."""
+    if shutil.which("ip") is None:
+        pytest.skip("iproute2 is not installed")
+
+    def ip(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["ip", *words], capture_output=True, text=True, check=True)
+
+    nodes = {f"dd{os.getpid()}a": "10.213.77.1", f"dd{os.getpid()}b": "10.213.77.2"}
+    (one, other), routes = nodes, list(nodes.values())[::-1]
+    try:
+        ip("netns", "add", one)
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"no network namespace may be made: {error.stderr.strip()}")
+    try:
+        ip("netns", "add", other)
+        ip("link", "add", "veth0", "netns", one, "type", "veth", "peer", "name", "veth0", "netns", other)
+        for (node, address), route in zip(nodes.items(), routes, strict=True):
+            ip("-n", node, "addr", "add", f"{address}/24", "dev", "veth0")
+            ip("-n", node, "link", "set", "lo", "up")
+            ip("-n", node, "link", "set", "veth0", "up")
+            ip("-n", node, "route", "add", "default", "via", route)
+        yield nodes
+    finally:
+        for node in nodes:
+            subprocess.run(["ip", "netns", "del", node], capture_output=True, check=False)

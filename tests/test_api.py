@@ -50,22 +50,46 @@ def test_importing_loads_nothing() -> None:
     assert told.strip() == "['deepdisc_ops']"
 
 
+def run_example(name: str, names: dict[str, object]) -> None:
+    """Run the example of a function's docstring in ``names``, which keep what it defines."""
+    (example,) = doctest.DocTestFinder(recurse=False).find(getattr(api, name), name, globs=names)
+    assert example.examples, name
+    told: list[str] = []
+    result = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(example, out=told.append, clear_globs=False)
+    names.update(example.globs)
+    assert not result.failed, "".join(told)
+
+
+def names_of_a_notebook() -> dict[str, object]:
+    return {"np": np, **{name: getattr(api, name) for name in deepdisc_ops.__all__}}
+
+
 def test_the_examples_run_in_the_order_of_a_story(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "models").symlink_to(ROOT / "models")
     monkeypatch.chdir(tmp_path)
-    names = {"np": np, **{name: getattr(api, name) for name in deepdisc_ops.__all__}}
-    runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE)
+    names = names_of_a_notebook()
     for name in STORY:
         if name == "read_catalog":
             from deepdisc_ops.sky.catalog import write_catalog
 
-            write_catalog(names["catalog"], tmp_path / "catalog.parquet")
-        (example,) = doctest.DocTestFinder(recurse=False).find(getattr(api, name), name, globs=names)
-        assert example.examples, name
-        told: list[str] = []
-        result = runner.run(example, out=told.append, clear_globs=False)
-        names.update(example.globs)
-        assert not result.failed, "".join(told)
+            write_catalog(names["catalog"], tmp_path / "catalog.parquet")  # type: ignore[arg-type]
+        run_example(name, names)
+
+
+@pytest.mark.integration
+def test_the_examples_of_the_endpoint_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from deepdisc_ops.serving.archive import build_archive
+
+    monkeypatch.chdir(tmp_path)
+    api.simulate_mosaic("mosaic.fits", side=256, seed=7).close()
+    build_archive([ROOT / "models" / "lsst-small"], tmp_path / "ensemble.mar")
+    names = names_of_a_notebook()
+    try:
+        for name in SERVED:
+            run_example(name, names)
+    finally:
+        api.stop("server")
+    assert not api.stop("server")
 
 
 def test_values_tell_an_astronomer_what_they_are(mini_dataset: Path, tiny_ensemble: Path) -> None:

@@ -24,7 +24,8 @@ def test_a_dry_run_tells_trials_and_cost_by_backbone_and_starts_nothing(spaced: 
     monkeypatch.chdir(spaced)
     sweep.sweep_run(find("tune/scaling.yaml"), spaced / "out", dry_run=True)
     assert list(spaced.iterdir()) == []
-    text = told(sweep.plan_table(load_spec(find("tune/scaling.yaml"))))
+    spec = load_spec(find("tune/scaling.yaml"))
+    text = told(sweep.plan_table(spec, sweep.plan(spec)))
     assert "12 trials, 1 CPUs and 0 GPUs each" in text
     rows = {line.split("│")[1].strip(): line.split("│")[2:-1] for line in text.splitlines() if "│" in line}
     assert set(rows) == {"tiny", "small"}
@@ -37,7 +38,7 @@ def test_a_dry_run_tells_trials_and_cost_by_backbone_and_starts_nothing(spaced: 
 
 def test_successive_halving_is_expected_to_cost_less() -> None:
     spec = load_spec(find("tune/quick.yaml"))
-    row = next(line for line in told(sweep.plan_table(spec)).splitlines() if "│ tiny" in line)
+    row = next(line for line in told(sweep.plan_table(spec, sweep.plan(spec))).splitlines() if "│ tiny" in line)
     most, expected = (float(cell.replace(",", "")) for cell in row.split("│")[4:6])
     assert expected < most
 

@@ -19,7 +19,7 @@ from deepdisc_ops.cli.console import console, progress_bar
 from deepdisc_ops.cli.data import data_app
 from deepdisc_ops.cli.doctor import doctor
 from deepdisc_ops.cli.evaluate import evaluate
-from deepdisc_ops.cli.images import images_app
+from deepdisc_ops.cli.image_use import images_app
 from deepdisc_ops.cli.members import members_app
 from deepdisc_ops.cli.model import model_app
 from deepdisc_ops.cli.predict import predict
@@ -35,7 +35,7 @@ from deepdisc_ops.errors import ConfigError, DeepdiscOpsError
 if TYPE_CHECKING:
     from deepdisc_ops.data.store import Dataset
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", help=deepdisc_ops.__doc__)
+app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", help=deepdisc_ops.__doc__)
 setup_app = typer.Typer(no_args_is_help=True, help="Parts that pip alone does not install.")
 for name, sub in {
     "sweep": sweep_app,

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from deepdisc_ops.cli.console import console
+from deepdisc_ops.cli.console import AsJson, console, print_json
 from deepdisc_ops.errors import ConfigError
 
 archive_app = typer.Typer(no_args_is_help=True, help="Model archives: an ensemble in one .mar file.")
@@ -57,7 +57,7 @@ def archive_build(
 def archive_inspect(
     mar: Mar,
     window: MaxWindow = 2048,
-    as_json: Annotated[bool, typer.Option("--json", help="Everything, as JSON.")] = False,
+    as_json: AsJson = False,
     measure: Annotated[bool, typer.Option("--measure", help="Also measure the memory, in a process of its own.")] = False,
 ) -> None:
     """Print what an archive holds and the memory that a worker will need; it is taken at its word, see `archive verify`.
@@ -73,7 +73,7 @@ def archive_inspect(
     measured = memory.measure(mar, window) if measure else None
     if as_json:
         told = {name: {**asdict(need), "total": need.total} for name, need in needs.items()}
-        console.print_json(data={**description, "memory": {"window": window, **told, "measured": measured}}, default=str)
+        print_json({**description, "memory": {"window": window, **told, "measured": measured}})
         return
     for line in _lines(description):
         console.print(line)

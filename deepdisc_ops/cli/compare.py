@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
-from deepdisc_ops.cli.console import console
+from deepdisc_ops.cli.console import AsJson, console, print_json
+
+if TYPE_CHECKING:
+    from deepdisc_ops.sweeps.compare import Comparison
 
 
 def compare(
@@ -24,6 +27,7 @@ def compare(
     markdown: Annotated[Path | None, typer.Option(help="Write the table as shown to this file.")] = None,
     figures: Annotated[Path | None, typer.Option(help="Folder for the figures.")] = None,
     log: Annotated[bool, typer.Option("--log/--no-log", help="Store table and figures in the sweeps' own runs.")] = True,
+    as_json: AsJson = False,
 ) -> None:
     """Compare the trials of sweeps: a table, and metrics against the sizes of the training set and of the network.
 
@@ -34,15 +38,10 @@ def compare(
 
     tracker = Tracker(store_uri(tracking_uri), create=False)
     found = room.compare(tracker, sweeps, metric)
-    shown = room.short_table(found)
-    names = ", ".join(dict.fromkeys(parent.name for parent in found.parents))
-    caption = "metrics of the best checkpoint; 0.0365(11) is 0.0365 ± 0.0011, by bootstrap over objects"
-    table = Table(title=f"{len(found.trials)} trials of {names}, best {found.metric} first", caption=caption)
-    for column in shown.columns:
-        table.add_column(column, overflow="fold", no_wrap=column in (name.removeprefix("val_") for name in room.SHOWN))
-    for row in shown.itertuples(index=False):
-        table.add_row(*row)
-    console.print(table)
+    if as_json:
+        print_json(room.full_table(found).to_dict("records"))
+    else:
+        console.print(_table(found))
     if csv is not None:
         room.write_csv(found, csv)
         console.print(f"all columns in {csv}")
@@ -56,3 +55,17 @@ def compare(
     if log:
         folder = room.log_back(tracker, found, by or ())
         console.print(f"stored as {folder}/ with {', '.join(parent.name for parent in found.parents)} in {tracker.uri}")
+
+
+def _table(found: Comparison) -> Table:
+    from deepdisc_ops.sweeps import compare as room
+
+    shown = room.short_table(found)
+    names = ", ".join(dict.fromkeys(parent.name for parent in found.parents))
+    caption = "metrics of the best checkpoint; 0.0365(11) is 0.0365 ± 0.0011, by bootstrap over objects"
+    table = Table(title=f"{len(found.trials)} trials of {names}, best {found.metric} first", caption=caption)
+    for column in shown.columns:
+        table.add_column(column, overflow="fold", no_wrap=column in (name.removeprefix("val_") for name in room.SHOWN))
+    for row in shown.itertuples(index=False):
+        table.add_row(*row)
+    return table

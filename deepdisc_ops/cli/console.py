@@ -1,16 +1,33 @@
-"""How the commands speak: tables and lines on a console, and the progress of long work."""
+"""How the commands speak: tables and lines on a console, JSON for programs, and the progress of long work."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 LOG_WIDTH = 140
 console = Console(width=None if sys.stdout.isatty() else LOG_WIDTH, highlight=False)
+
+
+def _aside(as_json: bool) -> bool:
+    console.stderr = as_json
+    return as_json
+
+
+AsJson = Annotated[bool, typer.Option("--json", callback=_aside, help="Print JSON on stdout, no tables; all else goes to stderr.")]
+
+
+def print_json(value: Any) -> None:
+    """A value, dataclasses and paths among it, as JSON on stdout; numbers that are none are null."""
+    from pydantic_core import to_json
+
+    print(to_json(value, indent=1, inf_nan_mode="null", fallback=str).decode())
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from deepdisc_ops.cli.console import console, progress_bar
+from deepdisc_ops.cli.console import AsJson, console, print_json, progress_bar
 from deepdisc_ops.errors import CatalogError
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ def data_describe(
     levels: Annotated[int, typer.Option(min=1, help="Pyramid levels, for each of which an anchor is suggested.")] = 3,
     sample: Annotated[int, typer.Option(min=0, help="At most so many images are read for the pixel statistics.")] = 64,
     seed: Annotated[int, typer.Option(min=0, help="Seed of that choice.")] = 0,
+    as_json: AsJson = False,
 ) -> None:
     """Print, and with --out draw, what a data set holds: n(z), magnitudes, objects, boxes, coverage, labels, anchors, pixels.
 
@@ -41,12 +42,15 @@ def data_describe(
         found = describe.describe(
             dataset, split=split, levels=levels, sample=sample, seed=seed, progress=lambda done, total: advance(done, "", total)
         )
-    table = Table("figure", "value", title=str(path))
-    for name, value in describe.summary(found):
-        table.add_row(name, value)
-    console.print(table)
-    if found.pixels:
-        console.print(_pixel_table(found.pixels, found.sampled))
+    if as_json:
+        print_json(describe.as_tree(found))
+    else:
+        table = Table("figure", "value", title=str(path))
+        for name, value in describe.summary(found):
+            table.add_row(name, value)
+        console.print(table)
+        if found.pixels:
+            console.print(_pixel_table(found.pixels, found.sampled))
     if out is not None:
         describe.write_description(found, out)
         console.print(f"description.json and description.png in {out}")
@@ -80,6 +84,7 @@ def data_split(
     cell_arcmin: Annotated[float, typer.Option(help="Side of the cells of sky that stay together.")] = 10.0,
     redshift_bins: Annotated[int, typer.Option(min=1, help="Strata of the cells' mean redshift.")] = 5,
     partitions: Annotated[int, typer.Option(min=0, help="Random partitions of train and validation, for ensembles.")] = 10,
+    as_json: AsJson = False,
 ) -> None:
     """Deal the records out to splits by sky position, stratified by redshift, and store the result.
 
@@ -93,9 +98,12 @@ def data_split(
     splits = make_splits(
         open_dataset(path), fractions, seed=seed, cell_arcmin=cell_arcmin, redshift_bins=redshift_bins, partitions=partitions
     )
+    counts = {name: int((splits.split == name).sum()) for name in (*fractions, UNUSED)}
+    if as_json:
+        print_json({"cells": splits.settings["cells"], "records": {name or "unused": count for name, count in counts.items()}})
+        return
     table = Table("split", "records", "share", title=f"{path}: {splits.settings['cells']} cells of {cell_arcmin:g} arcmin")
-    for name in (*fractions, UNUSED):
-        count = int((splits.split == name).sum())
+    for name, count in counts.items():
         table.add_row(name or "unused: overlaps another split", str(count), f"{count / len(splits.split):.1%}")
     console.print(table)
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.table import Table
 
-from deepdisc_ops.cli.console import console
+from deepdisc_ops.cli.console import AsJson, console, print_json
 
 
 def doctor(
     folder: Annotated[Path, typer.Option(help="Where results would be written.")] = Path(),
-    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Tell what is there: extras, detectron2, Java, GPU, Apptainer, SLURM, dust maps, disk; and the remedy for what is not.
 
@@ -26,7 +25,7 @@ def doctor(
 
     findings = examine(folder)
     if as_json:
-        console.print_json(data=[asdict(finding) for finding in findings])
+        print_json(findings)
     else:
         table = Table("", "state", "found", "for", "remedy")
         colours = {"there": "green", "absent": "yellow", "faulty": "red"}

@@ -1,8 +1,7 @@
-"""``deepdisc-ops images``: Apptainer images of the whole environment."""
+"""``deepdisc-ops images``: Apptainer images of the whole environment, made; `image_use` has the verbs that use them."""
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,7 +15,6 @@ from deepdisc_ops.errors import ConfigError
 
 if TYPE_CHECKING:
     from deepdisc_ops.hpc.containers.render import Kind
-    from deepdisc_ops.hpc.containers.run import Place
     from deepdisc_ops.hpc.containers.runtime import Runtime
 
 images_app = typer.Typer(no_args_is_help=True, help="Container images for clusters: rendered, linted, built, tested, run.")
@@ -28,15 +26,7 @@ Given = Annotated[list[str] | None, typer.Option("--set", help="An argument of t
 GivenFile = Annotated[Path | None, typer.Option("--arguments", help="Arguments in YAML, as `images resolve` writes them.")]
 Lock = Annotated[Path | None, typer.Option(help="The lock, where it is not the target's own.")]
 Program = Annotated[Path | None, typer.Option(help="apptainer or singularity, where it is not on PATH.")]
-Binds = Annotated[
-    list[str] | None,
-    typer.Option("--bind", help="What is seen inside: SOURCE, SOURCE:INSIDE or SOURCE:INSIDE:ro; may be repeated."),
-]
-Folder = Annotated[Path, typer.Option(help="The working folder, seen inside under its own name.")]
-Temporary = Annotated[Path | None, typer.Option(help="Folder seen as /tmp; without one a fresh one of this machine's.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the command and do nothing.")]
-Words = Annotated[list[str] | None, typer.Argument(help="After --, words for the program inside.")]
-App = Annotated[str | None, typer.Option(help="A role: train, tune, serve or mlflow; else any verb.")]
 
 
 @images_app.command("targets")
@@ -209,7 +199,7 @@ def images_build(
     from deepdisc_ops.hpc.containers.resolve import debian_mirror
     from deepdisc_ops.hpc.containers.runtime import is_image
 
-    runtime, known = _runtime(program), _given(given, arguments)
+    runtime, known = the_runtime(program), _given(given, arguments)
     if (on is None) != (wheels is None):
         raise ConfigError("the environment is built with both --on BASE.sif and --wheels DIR, the base with neither")
     binds: list[str] = []
@@ -233,129 +223,6 @@ def images_build(
     console.print(f"{built.path}: {built.size / 1e6:.0f} MB in {built.seconds:.0f} s")
 
 
-@images_app.command("test")
-def images_test(
-    image: Image,
-    roles: Annotated[list[str] | None, typer.Option("--app", help="A role; all four without one.")] = None,
-    binds: Binds = None,
-    folder: Folder = Path(),
-    temporary: Temporary = None,
-    program: Program = None,
-) -> None:
-    """Run the tests of an image's roles; exit code 1 if one fails.
-
-    Example: `deepdisc-ops images test deepdisc-ops.sif`
-    """
-    from deepdisc_ops.hpc.containers import run
-
-    failed = 0
-    for one in run.try_roles(_runtime(program), image, _place(folder, binds, temporary), roles or run.ROLES):
-        failed += bool(one.answer.code)
-        console.print(
-            f"{one.role}: {'FAILED, ' + one.answer.fault if one.answer.code else 'well'} ({one.seconds:.0f} s)", soft_wrap=True
-        )
-    raise typer.Exit(1 if failed else 0)
-
-
-@images_app.command("run")
-def images_run(
-    image: Image,
-    words: Words = None,
-    app: App = None,
-    binds: Binds = None,
-    folder: Folder = Path(),
-    temporary: Temporary = None,
-    program: Program = None,
-    dry_run: DryRun = False,
-) -> None:
-    """Run a verb inside, or the app of a role; its exit code is ours.
-
-    Example: `deepdisc-ops images run deepdisc-ops.sif --bind scenes --app train -- small --out run --set data.path=scenes`
-    """
-    from deepdisc_ops.hpc.containers import run
-
-    runtime, place = _runtime(program), _place(folder, binds, temporary)
-    if dry_run:
-        chosen = [*run.options(runtime, image, place), *(["--app", app] if app else [])]
-        print(shlex.join(runtime.command(["run"], [*chosen, str(image), *(words or ())])))
-        return
-    raise typer.Exit(run.run(runtime, image, words or (), place, app=app))
-
-
-@images_app.command("shell")
-def images_shell(
-    image: Image, binds: Binds = None, folder: Folder = Path(), temporary: Temporary = None, program: Program = None
-) -> None:
-    """Open a shell inside.
-
-    Example: `deepdisc-ops images shell deepdisc-ops.sif`
-    """
-    from deepdisc_ops.hpc.containers import run
-
-    raise typer.Exit(run.shell(_runtime(program), image, _place(folder, binds, temporary)))
-
-
-@images_app.command("words")
-def images_words(image: Image, binds: Binds = None, folder: Folder = Path(), program: Program = None) -> None:
-    """Print what runs a job's commands inside, for `slurm render --set environment.container=...`.
-
-    Example: `deepdisc-ops slurm render --set environment.container="$(deepdisc-ops images words deepdisc-ops.sif)" -- train small`
-    """
-    from deepdisc_ops.hpc.containers import run
-
-    print(json.dumps(run.job_words(_runtime(program), image, _place(folder, binds, None))))
-
-
-@images_app.command("start")
-def images_start(
-    image: Image,
-    name: Annotated[str, typer.Argument(help="The instance's name.")],
-    words: Words = None,
-    app: App = None,
-    binds: Binds = None,
-    folder: Folder = Path(),
-    temporary: Temporary = None,
-    program: Program = None,
-) -> None:
-    """Start a service as an instance: --app serve or mlflow; without one, a machine to enter.
-
-    Example: `deepdisc-ops images start deepdisc-ops.sif sky --app serve -- ensemble.mar --run-dir server`
-    """
-    from deepdisc_ops.hpc.containers import instances
-
-    started = instances.start(_runtime(program), image, name, words or (), _place(folder, binds, temporary), app=app)
-    console.print(f"{started.name} runs, process {started.pid}; its words are in {started.err}", soft_wrap=True)
-
-
-@images_app.command("stop")
-def images_stop(
-    name: Annotated[str, typer.Argument(help="The instance's name.")],
-    timeout: Annotated[int, typer.Option(min=1, help="Seconds its service has to end.")] = 60,
-    program: Program = None,
-) -> None:
-    """Stop one instance by its name, and nothing else.
-
-    Example: `deepdisc-ops images stop sky`
-    """
-    from deepdisc_ops.hpc.containers import instances
-
-    console.print(f"{name} stopped" if instances.stop(_runtime(program), name, timeout_s=timeout) else f"no instance {name} runs")
-
-
-@images_app.command("list")
-def images_list(program: Program = None) -> None:
-    """Show the instances that run here.
-
-    Example: `deepdisc-ops images list`
-    """
-    from deepdisc_ops.hpc.containers import instances
-
-    table = Table("instance", "process", "image")
-    for one in instances.running(_runtime(program)):
-        table.add_row(one.name, str(one.pid), one.image)
-    console.print(table)
-
-
 @images_app.command("labels")
 def images_labels(
     image: Image, name: Annotated[str | None, typer.Argument(help="One label; all without it.")] = None, program: Program = None
@@ -366,7 +233,7 @@ def images_labels(
     """
     from deepdisc_ops.hpc.containers import build
 
-    found = build.labels(_runtime(program), image)
+    found = build.labels(the_runtime(program), image)
     if name is None:
         for key in sorted(found):
             print(f"{key}: {found[key]}")
@@ -389,7 +256,7 @@ def images_sbom(
     """
     from deepdisc_ops.hpc.containers import sbom
 
-    runtime = _runtime(program)
+    runtime = the_runtime(program)
     console.print(f"{out}: {sbom.bill(runtime, image, out)} components")
     if not audit:
         return
@@ -401,16 +268,11 @@ def images_sbom(
     raise typer.Exit(1 if known else 0)
 
 
-def _runtime(program: Path | None) -> Runtime:
+def the_runtime(program: Path | None) -> Runtime:
+    """The program of that path, or what PATH has."""
     from deepdisc_ops.hpc.containers.runtime import find_runtime
 
     return find_runtime(program)
-
-
-def _place(folder: Path, binds: list[str] | None, temporary: Path | None) -> Place:
-    from deepdisc_ops.hpc.containers.run import Place
-
-    return Place(folder.absolute(), tuple(binds or ()), temporary)
 
 
 def _kind(what: str, base: Base) -> Kind:

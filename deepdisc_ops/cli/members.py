@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
-from deepdisc_ops.cli.console import console, progress_bar, short
+from deepdisc_ops.cli.console import AsJson, console, print_json, progress_bar, short
 from deepdisc_ops.errors import ConfigError
 
 if TYPE_CHECKING:
     from deepdisc_ops.inference.tuning import Trial, Tuning
     from deepdisc_ops.sweeps.greedy import GreedyChoice
-    from deepdisc_ops.sweeps.select import Conditions
+    from deepdisc_ops.sweeps.select import Conditions, SelectedMember
 
 members_app = typer.Typer(no_args_is_help=True, help="Ensemble members: their choice, their thresholds.")
 
@@ -49,6 +49,7 @@ def members_select(
     register: Annotated[
         str | None, typer.Option(help="Register the members as this model in MLflow, aliases champion and member-0, member-1 ...")
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Choose trials of a sweep as ensemble members: the best, or with --greedy those that are worth most together.
 
@@ -60,6 +61,7 @@ def members_select(
     uri, into = store_uri(tracking_uri), out.parent / "members"
     of_greedy = {"candidates": candidates, "weights": weights, "data": data, "split": split, "device": device}
     given = {name: value for name, value in of_greedy.items() if value is not None} | ({"replacement": True} if replacement else {})
+    choice = None
     if greedy:
         conditions = select.Conditions(metric, min_completeness, max_per_backbone, one_per_fold)
         choice = _select_greedily(uri, sweep, k, conditions, given, into)
@@ -78,13 +80,13 @@ def members_select(
             one_per_fold=one_per_fold,
         )
     select.write_selection(chosen, out)
-    columns = list(dict.fromkeys((metric, "val_nll", "val_sigma_iqr", "val_completeness")))
-    table = Table("run", "backbone", "fold", "fraction", *columns, title=f"{len(chosen)} members in {out}")
-    for member in chosen:
-        figures = [short(member.metrics.get(key)) for key in columns]
-        partition, fraction = member.config.data.partition, member.config.data.fraction
-        table.add_row(member.run_id[:8], member.config.model.backbone.name, short(partition), short(fraction), *figures)
-    console.print(table)
+    if as_json:
+        added = {"additions": choice.additions, "alone": choice.alone, "objects": choice.objects} if choice else {}
+        print_json({"members": [_as_row(member) for member in chosen], **added})
+    else:
+        if choice:
+            _tell_choice(choice, k)
+        console.print(_table(chosen, list(dict.fromkeys((metric, "val_nll", "val_sigma_iqr", "val_completeness"))), str(out)))
     if register:
         tracker = Tracker(uri)
         for number, member in enumerate(chosen):
@@ -118,6 +120,7 @@ def members_tune(
     max_overlap: Annotated[float, typer.Option(min=0, max=1, help="Largest overlap that may be chosen.")] = 1.0,
     device: Annotated[str, typer.Option(help="torch device, such as cpu or cuda:0.")] = "cpu",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Tell the best thresholds and leave the member as it is.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Choose the score and overlap thresholds of a member that find the most gold galaxies with the fewest false ones.
 
@@ -136,9 +139,12 @@ def members_tune(
             device=device,
             progress=lambda done, total: advance(done, "", total),
         )
-    console.print(_trials(tuning))
-    console.print(f"before: {_told(tuning.before)}")
-    console.print(f"best:   {_told(tuning.best)}")
+    if as_json:
+        print_json(tuning)
+    else:
+        console.print(_trials(tuning))
+        console.print(f"before: {_told(tuning.before)}")
+        console.print(f"best:   {_told(tuning.best)}")
     if not dry_run:
         store(member, tuning.best)
         console.print(f"{member} has them from now on; weigh and pack ensembles of it again")
@@ -178,13 +184,31 @@ def members_calibrate(
 
 
 def _select_greedily(uri: str, sweep: str, k: int, conditions: Conditions, given: Mapping[str, Any], into: Path) -> GreedyChoice:
-    """Select and tell how: a row for each addition."""
     from deepdisc_ops.sweeps.greedy import Greedy, select_greedily
 
     with progress_bar("judging candidates", 1, "images") as advance:
-        choice = select_greedily(
+        return select_greedily(
             uri, sweep, k, conditions, Greedy(**given), into=into, progress=lambda done, total, run: advance(done, run, total)
         )
+
+
+def _as_row(member: SelectedMember) -> dict[str, Any]:
+    data = {"partition": member.config.data.partition, "fraction": member.config.data.fraction}
+    told = {"run_id": member.run_id, "checkpoint": member.checkpoint, "backbone": member.config.model.backbone.name}
+    return told | data | {"weight": member.weight, "metrics": member.metrics}
+
+
+def _table(chosen: Sequence[SelectedMember], columns: Sequence[str], where: str) -> Table:
+    table = Table("run", "backbone", "fold", "fraction", *columns, title=f"{len(chosen)} members in {where}")
+    for member in chosen:
+        row = _as_row(member)
+        figures = [short(member.metrics.get(key)) for key in columns]
+        table.add_row(member.run_id[:8], row["backbone"], short(row["partition"]), short(row["fraction"]), *figures)
+    return table
+
+
+def _tell_choice(choice: GreedyChoice, k: int) -> None:
+    """Tell how a greedy selection went: a row for each addition."""
     title = f"additions from {choice.candidates} candidates, NLL of {choice.objects} gold objects"
     table = Table("run", "backbone", "alone", "combined", "weight", title=title)
     for number, nll in zip(choice.additions.order, choice.additions.nll, strict=True):
@@ -194,7 +218,6 @@ def _select_greedily(uri: str, sweep: str, k: int, conditions: Conditions, given
     console.print(table)
     if len(choice.members) < k:
         console.print(f"{len(choice.members)} members are best: none of the other candidates improves them")
-    return choice
 
 
 def _trials(tuning: Tuning) -> Table:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from deepdisc_ops.cli.console import console, progress_bar
+from deepdisc_ops.cli.console import AsJson, console, print_json, progress_bar
 from deepdisc_ops.errors import ConfigError
 
 model_app = typer.Typer(no_args_is_help=True, help="Networks: the backbones there are and what they cost.")
@@ -26,6 +26,7 @@ def model_table(
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="Override a setting of the backbones, as in stem_stride=2; may be repeated.")
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Print every backbone's parameters and operations, and whether the whole network learns with it.
 
@@ -47,19 +48,23 @@ def model_table(
     table = Table("backbone", title=f"backbones with a pyramid of {', '.join(f'{key} {value}' for key, value in tree.items())}")
     for column in ("parameters / M", f"GFLOP at {bands}x{size}x{size}", "strides", "loss", "no gradient", "step / s"):
         table.add_column(column, justify="right")
-    unsound = []
+    unsound, rows = [], []
     with progress_bar("trying", len(asked), "backbones") as advance:
         for done, settings in enumerate(asked, start=1):
             needs = cost(settings, bands, size)
             row = [f"{needs.parameters / 1e6:.1f}", f"{needs.gflop:.1f}", " ".join(map(str, needs.strides))]
-            if needs.parameters <= LIGHT or everything:
-                step = learn(settings, bands, CROP_PX)
+            step = learn(settings, bands, CROP_PX) if needs.parameters <= LIGHT or everything else None
+            if step:
                 row += [f"{step.loss:.3g}", str(step.without_gradient), f"{step.seconds:.1f}"]
                 unsound += [settings.name] if step.unsound else []
             else:
                 row += ["with --all", "", ""]
             table.add_row(settings.name, *row)
+            rows.append({"backbone": settings.name, "cost": needs, "step": step})
             advance(done, settings.name, tell=True)
-    console.print(table)
+    if as_json:
+        print_json(rows)
+    else:
+        console.print(table)
     if unsound:
         raise ConfigError(f"{', '.join(unsound)}: a loss that is no number or weights without a gradient; change the settings")

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from deepdisc_ops.cli.console import console
+from deepdisc_ops.cli.console import AsJson, console, print_json
 
 serve_app = typer.Typer(no_args_is_help=True, help="The TorchServe endpoint.")
 
@@ -38,7 +38,7 @@ def serve_start(
     private_key: Annotated[Path | None, typer.Option(help="Its RSA key, PEM in PKCS #8.")] = None,
     root: Annotated[list[Path] | None, typer.Option(help="Folder below which requests may name files; repeatable.")] = None,
     memory: Annotated[Memory, typer.Option(help="Keep the members in memory, or read one after the other.")] = Memory.keep,
-    dust_map: Annotated[str | None, typer.Option(help="Map for requests that ask for the server's E(B-V), or a constant.")] = None,
+    dust_map: Annotated[str | None, typer.Option(help="Map of the server's E(B-V), or mag; default the archive's.")] = None,
     dust_maps: Annotated[Path | None, typer.Option(help="Folder of the dust maps.")] = None,
     dust_scale: Annotated[float, typer.Option(help="Factor on the dust map; 0.86 turns SFD into SF11.")] = 1.0,
     token_minutes: Annotated[float, typer.Option(help="Life of a token; it is renewed after two thirds of it.")] = 1440.0,
@@ -80,7 +80,7 @@ def serve_start(
 def serve_status(
     run_dir: RunDir = Path("server"),
     health: Annotated[bool, typer.Option("--health", help="Ask whether it lives, not whether it can predict.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Everything that is known, without the tokens.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Tell whether the endpoint is ready; exit code 1 if it is not.
 
@@ -93,7 +93,7 @@ def serve_status(
 
     state = server.status(run_dir)
     if as_json:
-        console.print_json(data=state.public())
+        print_json(state.public())
     else:
         console.print(f"{state.state}: {state.what}")
         if state.workers:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +12,7 @@ import typer
 from rich.live import Live
 from rich.table import Table
 
-from deepdisc_ops.cli.console import console, progress_bar, short
+from deepdisc_ops.cli.console import AsJson, console, print_json, progress_bar, short
 
 if TYPE_CHECKING:
     from deepdisc_ops.sweeps.record import TrialProgress
@@ -34,6 +35,7 @@ def sweep_run(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print trials and cost, start nothing.")] = False,
     overrides: Annotated[list[str] | None, typer.Option("--set", help="Override KEY=VALUE; may be repeated.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Run a Ray Tune sweep; every trial becomes a child run in MLflow. Told to stop, or killed, the same command goes on.
 
@@ -43,12 +45,16 @@ def sweep_run(
 
     loaded = space.load_spec(spec, overrides or ())
     if dry_run:
-        console.print(plan_table(loaded))
+        planned = plan(loaded)
+        print_json(planned) if as_json else console.print(plan_table(loaded, planned))
         return
     from deepdisc_ops.sweeps import run
 
     with _shown(loaded, space.number_of_trials(loaded)) as progress:
         result = run.run_sweep(loaded, out, tracking_uri=tracking_uri, ray_address=ray_address, progress=progress)
+    if as_json:
+        print_json(asdict(result))
+        return
     table = Table(title=f"sweep {result.name}: MLflow run {result.parent_run_id} in {result.tracking_uri}")
     for column in ("trial", "state", "step", "values", *METRICS):
         table.add_column(column)
@@ -61,9 +67,42 @@ def sweep_run(
             console.print(f"{trial.trial_id} failed: {trial.error}", style="yellow")
 
 
-def plan_table(spec: SweepSpec) -> Table:
-    """What a sweep would cost: trials, resources, steps and operations, by backbone where the grid names several."""
+@dataclass(frozen=True)
+class Planned:
+    """What the trials of one backbone would cost: most and expected steps, operations of backbone and pyramid in PFLOP."""
+
+    backbone: str
+    trials: int
+    parameters: int
+    most_steps: int
+    steps: float
+    petaflop: float
+
+
+def plan(spec: SweepSpec) -> list[Planned]:
+    """What a sweep would cost, by backbone where the grid names several."""
     from deepdisc_ops.model.table import cost
+    from deepdisc_ops.sweeps import space
+
+    points = space.points(spec) if spec.search == "random" else [{}] * space.number_of_trials(spec)
+    groups: dict[str, list[Any]] = {}
+    for point in points:
+        config = space.trial_config(spec.base, point or _first_values(spec))
+        groups.setdefault(config.model.backbone.name, []).append(config)
+    planned = []
+    for name, configs in groups.items():
+        model = configs[0].model
+        needs = cost(model.backbone, len(model.bands), configs[0].data.crop)
+        most = sum(config.train.steps for config in configs)
+        steps = most * space.expected_share(spec, len(points))
+        # forward and backward together cost three times the forward pass
+        petaflop = 3e-6 * needs.gflop * steps * sum(config.train.batch_size for config in configs) / len(configs)
+        planned.append(Planned(name, len(configs), needs.parameters, most, steps, petaflop))
+    return planned
+
+
+def plan_table(spec: SweepSpec, planned: Sequence[Planned]) -> Table:
+    """The plan of a sweep for people."""
     from deepdisc_ops.sweeps import space
 
     total = space.number_of_trials(spec)
@@ -75,24 +114,12 @@ def plan_table(spec: SweepSpec) -> Table:
     table = Table(title=title)
     for column in ("backbone", "trials", "parameters / M", "steps at most", "steps expected", "PFLOP expected"):
         table.add_column(column, justify="left" if column == "backbone" else "right")
-    points = space.points(spec) if spec.search == "random" else [{}] * total
-    groups: dict[str, list[Any]] = {}
-    for point in points:
-        config = space.trial_config(spec.base, point or _first_values(spec))
-        groups.setdefault(config.model.backbone.name, []).append(config)
-    steps_in_all = flop_in_all = 0.0
-    for name, configs in groups.items():
-        model = configs[0].model
-        needs = cost(model.backbone, len(model.bands), configs[0].data.crop)
-        most = sum(config.train.steps for config in configs)
-        expected = most * space.expected_share(spec, len(points))
-        # forward and backward together cost three times the forward pass
-        petaflop = 3e-6 * needs.gflop * expected * sum(config.train.batch_size for config in configs) / len(configs)
-        steps_in_all += expected
-        flop_in_all += petaflop
-        table.add_row(name, str(len(configs)), f"{needs.parameters / 1e6:.1f}", f"{most:,}", f"{expected:,.0f}", f"{petaflop:,.3g}")
+    for one in planned:
+        figures = (f"{one.parameters / 1e6:.1f}", f"{one.most_steps:,}", f"{one.steps:,.0f}", f"{one.petaflop:,.3g}")
+        table.add_row(one.backbone, str(one.trials), *figures)
+    steps, petaflop = sum(one.steps for one in planned), sum(one.petaflop for one in planned)
     table.caption = (
-        f"{steps_in_all:,.0f} steps and {flop_in_all:,.3g} PFLOP of the backbones are expected in all; "
+        f"{steps:,.0f} steps and {petaflop:,.3g} PFLOP of the backbones are expected in all; "
         "heads add about as much. A trial's seconds a step times the steps, over the trials at once, is the wall time."
     )
     return table

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
-from deepdisc_ops.cli.console import console, progress_bar, short
+from deepdisc_ops.cli.console import AsJson, console, print_json, progress_bar, short
 
 if TYPE_CHECKING:
     from deepdisc_ops.tracking import RunRecord
@@ -49,6 +50,7 @@ def track_sync(
 def track_list(
     store: Store,
     model: Annotated[str | None, typer.Option(help="Show the registered members of this model instead.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Show the sweeps of a store, newest first, or the members of a registered model.
 
@@ -57,14 +59,21 @@ def track_list(
     from deepdisc_ops import tracking
 
     tracker = tracking.Tracker(tracking.store_uri(store), create=False)
-    if model is None:
-        table = Table("run", "sweep", "status", "trials", "best", title=f"sweeps in {tracker.uri}")
-        for run in tracker.runs({tracking.KIND_TAG: "sweep"}):
-            table.add_row(run.run_id[:8], run.name, run.status, _trials(tracker.children(run.run_id)), _best(run))
-    else:
+    if model is not None:
+        members = tracker.registered(model)
         table = Table("version", "run", "aliases", title=f"members of {model} in {tracker.uri}")
-        for one in tracker.registered(model):
+        for one in members:
             table.add_row(str(one.version), one.run_id, " ".join(one.aliases))
+        print_json(members) if as_json else console.print(table)
+        return
+    sweeps = [(run, _states(tracker.children(run.run_id))) for run in tracker.runs({tracking.KIND_TAG: "sweep"})]
+    if as_json:
+        print_json([{**asdict(run), "trials": states} for run, states in sweeps])
+        return
+    table = Table("run", "sweep", "status", "trials", "best", title=f"sweeps in {tracker.uri}")
+    for run, states in sweeps:
+        told = ", ".join(f"{count} {state}" for state, count in states.items())
+        table.add_row(run.run_id[:8], run.name, run.status, f"{sum(states.values())}" + (f" ({told})" if told else ""), _best(run))
     console.print(table)
 
 
@@ -100,13 +109,12 @@ def track_ui(store: Store, port: Annotated[int, typer.Option(min=1, max=65535, h
     raise typer.Exit(subprocess.run([sys.executable, "-m", *tracking.ui_command(uri, port)], check=False).returncode)
 
 
-def _trials(children: list[RunRecord]) -> str:
-    """How many trials, by state."""
+def _states(children: list[RunRecord]) -> dict[str, int]:
+    """How many trials there are of each state."""
     from deepdisc_ops.tracking import STATE_TAG
 
     states = [child.tags.get(STATE_TAG, "unknown") for child in children]
-    counts = {state: states.count(state) for state in sorted(set(states))}
-    return f"{len(states)} ({', '.join(f'{count} {state}' for state, count in counts.items())})" if states else "0"
+    return {state: states.count(state) for state in sorted(set(states))}
 
 
 def _best(sweep: RunRecord) -> str:

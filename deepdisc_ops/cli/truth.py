@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from deepdisc_ops.cli.console import console, progress_bar
-from deepdisc_ops.errors import CatalogError, ConfigError
+from deepdisc_ops.errors import CatalogError, ConfigError, did_you_mean
 
 if TYPE_CHECKING:
     from deepdisc_ops.data.truth.windows import Built
@@ -88,7 +88,7 @@ def import_deepdisc(
     from deepdisc_ops.data.writer import DatasetWriter
 
     if split not in ("", *SPLITS):
-        raise ConfigError(f"split {split!r} is unknown; expected one of {', '.join(SPLITS)}")
+        raise ConfigError(f"split {split!r} is unknown; {did_you_mean(split, SPLITS)}")
     names = tuple(bands.split(",") if "," in bands else bands) or None
     found = room.read_deepdisc(records, room.Images(images, names, zero_point, pixel_scale))
     scale = pixel_scale or room.pixel_scale_of(found[0])
@@ -116,7 +116,7 @@ def export_deepdisc(
     from deepdisc_ops.data.truth import deepdisc as room
 
     if layout not in ("", room.OWN, *room.LAYOUTS):
-        raise ConfigError(f"layout {layout!r} is unknown; expected one of {', '.join((*room.LAYOUTS, room.OWN))}")
+        raise ConfigError(f"layout {layout!r} is unknown; {did_you_mean(layout, (*room.LAYOUTS, room.OWN))}")
     if out.suffix != ".json" or not out.absolute().parent.is_dir():
         raise CatalogError(f"--out {out} is no .json file in a folder that exists; name one")
     chosen: Any = layout or None

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from deepdisc_ops.cli.console import console
+from deepdisc_ops.cli.console import AsJson, console, print_json
 from deepdisc_ops.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -72,7 +72,10 @@ def weights_export(
 
 @weights_app.command("check")
 def weights_check(
-    config: Annotated[Path, typer.Argument(help="A training config.")], overrides: Overrides = None, every_key: EveryKey = False
+    config: Annotated[Path, typer.Argument(help="A training config.")],
+    overrides: Overrides = None,
+    every_key: EveryKey = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show what would become of every key of model.backbone_weights in the network of a training config.
 
@@ -87,7 +90,10 @@ def weights_check(
     report = initialise(DeepDisc(loaded.model.model_copy(update={"input": unscaled}), loaded.inference), loaded.model)
     if report is None:
         raise ConfigError("model.backbone_weights is not set; name a file, as in --set model.backbone_weights=R-50.pkl")
-    _tell(report, every_key)
+    if as_json:
+        print_json(report)
+    else:
+        _tell(report, every_key)
 
 
 def _tell(report: KeyReport, every_key: bool) -> None:

@@ -213,6 +213,13 @@ def summary(description: Description) -> list[tuple[str, str]]:
     ]
 
 
+def as_tree(description: Description) -> dict[str, Any]:
+    """What description.json holds: the summary, the suggested anchors, and the pixels' statistics band by band."""
+    tree: dict[str, Any] = dict(summary(description))
+    tree |= {"anchors": description.anchors, "sampled": description.sampled}
+    return tree | {"pixels": [asdict(band) for band in description.pixels]}
+
+
 def _quantiles(values: NDArray[Any], form: str) -> str:
     finite = values[np.isfinite(values)]
     return ", ".join(form.format(value) for value in np.quantile(finite, (0.05, 0.5, 0.95))) if len(finite) else "none"
@@ -225,10 +232,7 @@ def _share(part: int, whole: int) -> str:
 def write_description(description: Description, out: Path) -> None:
     """description.json and description.png in the folder ``out``, which is made."""
     out.mkdir(parents=True, exist_ok=True)
-    tree: dict[str, Any] = dict(summary(description))
-    tree |= {"anchors": description.anchors, "sampled": description.sampled}
-    tree["pixels"] = [asdict(band) for band in description.pixels]
-    (out / "description.json").write_text(json.dumps(tree, indent=1) + "\n")
+    (out / "description.json").write_text(json.dumps(as_tree(description), indent=1) + "\n")
     draw(description, out / "description.png")
 
 

@@ -24,7 +24,7 @@ from deepdisc_ops.config import Settings, SkySettings, read_yaml, validate
 from deepdisc_ops.data import surveys
 from deepdisc_ops.data.simulate import Scene, scene_centre, scene_seed, simulate_dataset, simulate_scene
 from deepdisc_ops.data.store import Dataset
-from deepdisc_ops.errors import ConfigError
+from deepdisc_ops.errors import ConfigError, did_you_mean
 
 SKIES = Path(__file__).with_name("skies")
 TOLERANCE = 1e-4
@@ -71,7 +71,7 @@ class ReferenceSky(Settings):
         """The scenes of a split."""
         parts = dict[str, SplitSettings](self.splits.items())
         if split not in parts:
-            raise ConfigError(f"the sky {self.name} has no split {split!r}, expected one of {', '.join(parts)}")
+            raise ConfigError(f"the sky {self.name} has no split {split!r}, {did_you_mean(split, parts)}")
         return parts[split]
 
 
@@ -83,7 +83,7 @@ def reference_names() -> tuple[str, ...]:
 def load_reference(name: str) -> ReferenceSky:
     """The frozen sky of that name; `ConfigError` when its settings are not those that were frozen."""
     if name not in reference_names():
-        raise ConfigError(f"unknown reference sky {name!r}, expected one of {', '.join(reference_names())}")
+        raise ConfigError(f"unknown reference sky {name!r}, {did_you_mean(name, reference_names())}")
     sky = validate(ReferenceSky, read_yaml(SKIES / f"{name}.yaml"), f"reference sky {name}")
     found = settings_digest(sky)
     if found != sky.digest:

@@ -40,7 +40,7 @@ from deepdisc_ops.data.shards import (
     row_checksum,
 )
 from deepdisc_ops.data.splits import SplitTable, read_splits
-from deepdisc_ops.errors import CatalogError, ConfigError
+from deepdisc_ops.errors import CatalogError, ConfigError, did_you_mean
 
 log = logging.getLogger(__name__)
 
@@ -153,7 +153,7 @@ class Dataset:
         from that random partition of the stored splits.
         """
         if split is not None and split not in SPLITS:
-            raise CatalogError(f"unknown split {split!r}, expected one of {', '.join(SPLITS)}")
+            raise CatalogError(f"unknown split {split!r}, {did_you_mean(split, SPLITS)}")
         if not 0 < fraction <= 1:
             raise CatalogError(f"fraction is {fraction}, expected more than 0 and at most 1")
         assigned, rank = self._assigned if split is not None or fraction < 1 or partition is not None else (None, None)
@@ -341,7 +341,7 @@ class Records(Sequence[Record]):
     def column(self, name: str) -> tuple[NDArray[Any], NDArray[np.int64]]:
         """A column of `Objects` for all objects in order of their records, and the number of each object's record here."""
         if name not in COLUMNS:
-            raise CatalogError(f"objects have no column {name!r}, expected one of {', '.join(COLUMNS)}")
+            raise CatalogError(f"objects have no column {name!r}, {did_you_mean(name, COLUMNS)}")
         ends = np.cumsum(self.counts)
         total = int(ends[-1]) if len(self) else 0
         values = np.zeros((total, 4) if name == "boxes" else total, COLUMNS[name])

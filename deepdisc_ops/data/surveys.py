@@ -6,7 +6,6 @@ Filter curves come from the data that ship with pz-rail-base and, for JWST, with
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -17,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sedpy import observate
 
-from deepdisc_ops.errors import ConfigError, SetupError
+from deepdisc_ops.errors import ConfigError, SetupError, did_you_mean
 from deepdisc_ops.sky.fluxes import NJY_ZERO_POINT
 
 
@@ -175,9 +174,7 @@ def survey(name: str) -> Survey:
     """The survey of that name."""
     if name in SURVEYS:
         return SURVEYS[name]
-    near = difflib.get_close_matches(name, SURVEYS, n=1, cutoff=0.3)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ConfigError(f"unknown survey {name!r}, expected one of {', '.join(SURVEYS)}{hint}")
+    raise ConfigError(f"unknown survey {name!r}, {did_you_mean(name, SURVEYS, cutoff=0.3)}")
 
 
 def to_njy(magnitude: NDArray[np.float64] | float) -> NDArray[np.float64]:

@@ -188,7 +188,7 @@ def member_weights(
         if len(how) != len(nll):
             raise ConfigError(f"weights has {len(how)} values for {len(nll)} members; give one for each, in their order")
         raw = [float(value) for value in how]
-    elif how == "uniform":
+    elif how == "uniform" or len(nll) == 1:  # a single member, perhaps imported and never validated, is all there is
         raw = [1.0] * len(nll)
     else:
         raw = _from_likelihood(nll, how, names)

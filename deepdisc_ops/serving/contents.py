@@ -30,6 +30,14 @@ class DustSource(Settings):
     source: str
     scale: PositiveFloat = 1.0
 
+    @property
+    def number(self) -> float | None:
+        """The constant in mag, None where the source is a map."""
+        try:
+            return float(self.source)
+        except ValueError:
+            return None
+
 
 class CanarySummary(Settings):
     """The canary's file, how many objects the ensemble finds in it, and how many are given to each member."""

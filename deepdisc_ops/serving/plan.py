@@ -16,6 +16,7 @@ from pydantic import Field
 from deepdisc_ops.config import InferenceSettings, Settings, TrainingConfig, validate
 from deepdisc_ops.errors import ConfigError
 from deepdisc_ops.serving.archive import verify_archive
+from deepdisc_ops.serving.contents import DustSource
 from deepdisc_ops.serving.render import LARGEST_LIMIT, LOOPBACK, Tls
 from deepdisc_ops.serving.service import ServiceSettings
 
@@ -55,7 +56,10 @@ class ServerSettings(Settings):
 
 @dataclass(frozen=True)
 class Plan:
-    """An archive and the limits that follow from its members; ``source`` is the path its user gave, ``digest`` its SHA-256."""
+    """An archive and the limits that follow from its members; ``source`` is the path its user gave, ``digest`` its SHA-256.
+
+    dust: the E(B-V) that its members were trained with, where that is told.
+    """
 
     archive: Path
     source: str
@@ -65,6 +69,7 @@ class Plan:
     pixel_scale: float | None
     request_bytes: int
     reply_bytes: int
+    dust: DustSource | None = None
 
 
 def check_settings(tree: Mapping[str, Any]) -> ServerSettings:
@@ -97,11 +102,13 @@ def make_plan(mar: Path, settings: ServerSettings, source: str | None = None) ->
     bands, scale = configs[0].model.bands, configs[0].model.pixel_scale
     window = settings.max_window
     limits = request_limit(len(bands), window), response_limit(components, detections, window)
-    return Plan(mar.absolute(), source or str(mar.absolute()), contents["version"], contents["sha256"], bands, scale, *limits)
+    dust = DustSource(**contents["dust"]) if contents["dust"] else None
+    return Plan(mar.absolute(), source or str(mar.absolute()), contents["version"], contents["sha256"], bands, scale, *limits, dust)
 
 
 def service_settings(plan: Plan, settings: ServerSettings, busy: Path) -> ServiceSettings:
     """What the workers are told."""
+    dust_map, dust_scale = _dust(plan, settings)
     return ServiceSettings(
         roots=settings.roots,
         max_window=settings.max_window,
@@ -109,10 +116,19 @@ def service_settings(plan: Plan, settings: ServerSettings, busy: Path) -> Servic
         reply_bytes=plan.reply_bytes,
         busy=busy,
         memory=settings.memory,
-        dust_map=settings.dust_map,
+        dust_map=dust_map,
         dust_folder=settings.dust_folder,
-        dust_scale=settings.dust_scale,
+        dust_scale=dust_scale,
     )
+
+
+def _dust(plan: Plan, settings: ServerSettings) -> tuple[str | None, float]:
+    """The source of E(B-V) and its scale: those asked for, or those of the archive, whose maps need a folder of this machine."""
+    if settings.dust_map is not None or plan.dust is None:
+        return settings.dust_map, settings.dust_scale
+    if settings.dust_folder is None and plan.dust.number is None:
+        return None, settings.dust_scale
+    return plan.dust.source, plan.dust.scale
 
 
 def request_limit(bands: int, max_window: int) -> int:

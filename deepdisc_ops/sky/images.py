@@ -15,7 +15,7 @@ import numpy as np
 from astropy.wcs import WCS
 from numpy.typing import NDArray
 
-from deepdisc_ops.errors import ImageError
+from deepdisc_ops.errors import ImageError, nearest
 from deepdisc_ops.sky.array_planes import SUFFIXES, array_planes
 from deepdisc_ops.sky.coordinates import grid_offset_pixels, icrs_positions, pixel_area_arcsec2, window_wcs
 from deepdisc_ops.sky.fits_planes import fits_planes
@@ -25,6 +25,8 @@ from deepdisc_ops.sky.tiling import Window
 log = logging.getLogger(__name__)
 
 WCS_TOLERANCE_PIXELS = 0.01
+ALIKE = 0.3
+"""How like a missing band's name another one must be to be suggested: z and HSC-Z are."""
 SUSPECT_ZEROS = 0.01
 """Fraction of exact zeros in a window of a band from which on they look like missing coverage."""
 
@@ -98,7 +100,8 @@ class Mosaic:
         if missing:
             raise ImageError(
                 f"band{'s' * (len(missing) > 1)} {', '.join(missing)} missing: found {', '.join(self.bands)}, "
-                f"expected {', '.join(bands)}; add the file or extension, or use a model of the bands you have"
+                f"expected {', '.join(bands)}{_other_names(missing, self.bands, bands)}; "
+                "add the file or extension, or use a model of the bands you have"
             )
         return Mosaic([replace(by_name[band.lower()], band=band) for band in bands], self.pixel_scale, blank=self._blank)
 
@@ -146,6 +149,15 @@ class Mosaic:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _other_names(missing: Sequence[str], found: Sequence[str], wanted: Sequence[str]) -> str:
+    """Bands that nobody asked for, and that may be the missing ones under other names: z as HSC-Z."""
+    asked = {band.lower() for band in wanted}
+    unasked = [band for band in found if band.lower() not in asked]
+    near = {band: name for band in missing if (name := nearest(band, unasked, ALIKE))}
+    meant = ", ".join(f"{name} for {band}" for band, name in near.items())
+    return f"; did you mean {meant}? name planes by --plane-bands" if near else ""
 
 
 def _told(width: int, height: int, pixel_scale: float, bands: Sequence[str], wcs: WCS | None) -> str:

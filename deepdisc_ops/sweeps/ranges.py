@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import graphlib
 import math
 import random
@@ -12,6 +11,7 @@ from typing import Any
 from pydantic import Field, PositiveFloat, model_validator
 
 from deepdisc_ops.config import Settings
+from deepdisc_ops.errors import did_you_mean
 
 KINDS = ("grid", "choice", "uniform", "loguniform", "randint")
 
@@ -39,10 +39,7 @@ class Axis(Settings):
             raise ValueError(f"found {shown}; expected one range such as {{grid: [a, b]}}, of the kinds {', '.join(KINDS)}")
         (kind,) = kinds
         if kind not in KINDS:
-            near = difflib.get_close_matches(kind, KINDS, n=1)
-            raise ValueError(
-                f"unknown kind of range {kind!r}, " + (f"did you mean {near[0]!r}?" if near else f"expected one of {KINDS}")
-            )
+            raise ValueError(f"unknown kind of range {kind!r}, {did_you_mean(kind, KINDS)}")
         return found
 
     @model_validator(mode="after")
@@ -129,8 +126,7 @@ def when_faults(axes: Mapping[str, Axis], key: str) -> Iterator[str]:
     axis = axes[key]
     for other in axis.when:
         if other not in axes:
-            near = difflib.get_close_matches(other, list(axes), n=1)
-            yield f"space.{key}.when: {other!r} is no key of the space" + (f", did you mean {near[0]!r}?" if near else "")
+            yield f"space.{key}.when: {other!r} is no key of the space, {did_you_mean(other, axes)}"
             continue
         values = axes[other]
         if values.kind in ("grid", "choice"):

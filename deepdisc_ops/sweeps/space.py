@@ -19,7 +19,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import itertools
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -40,7 +39,7 @@ from pydantic import (
 
 from deepdisc_ops import config as settings
 from deepdisc_ops.config import Settings, TrainingConfig
-from deepdisc_ops.errors import ConfigError
+from deepdisc_ops.errors import ConfigError, nearest
 from deepdisc_ops.sweeps.ranges import Axis, combinations, order_faults, parts, when_faults
 
 Mode = Literal["min", "max"]
@@ -319,8 +318,8 @@ def _axis_faults(base: Mapping[str, Any], key: str, axis: Axis) -> Iterator[str]
 
 
 def _suggestion(key: str) -> str:
-    near = difflib.get_close_matches(key, list(_dotted_keys(TrainingConfig)), n=1)
-    return f", did you mean {near[0]!r}?" if near else "; expected a dotted key of the training settings such as train.lr"
+    near = nearest(key, _dotted_keys(TrainingConfig))
+    return f", did you mean {near!r}?" if near else "; expected a dotted key of the training settings such as train.lr"
 
 
 def _dotted_keys(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:

@@ -17,6 +17,7 @@ from deepdisc_ops.hpc.containers import instances
 from deepdisc_ops.hpc.containers.run import Place
 from deepdisc_ops.hpc.containers.runtime import Runtime
 from deepdisc_ops.sky.catalog import read_catalog
+from deepdisc_ops.tracking import EXPERIMENT
 
 from .conftest import TINY, verb
 
@@ -74,8 +75,12 @@ def test_mlflow_shows_the_sweep_from_an_instance(runtime: Runtime, image: Path, 
             return False
 
     until(well)
-    found = httpx.get(f"{url}/api/2.0/mlflow/experiments/get-by-name", params={"experiment_name": "tiny"})
+    api = f"{url}/api/2.0/mlflow"
+    found = httpx.get(f"{api}/experiments/get-by-name", params={"experiment_name": EXPERIMENT})
     assert found.status_code == 200, found.text
+    wanted = {"experiment_ids": [found.json()["experiment"]["experiment_id"]]}
+    runs = httpx.post(f"{api}/runs/search", json=wanted).json()["runs"]
+    assert [run["info"]["status"] for run in runs] == ["FINISHED"] * 3  # the sweep and its two trials
 
 
 def test_a_catalogue_served_from_inside_equals_that_made_outside(runtime: Runtime, image: Path, folder: Path, name: str) -> None:

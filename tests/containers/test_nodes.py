@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,7 +25,6 @@ from deepdisc_ops.hpc.slurm import render
 pytestmark = pytest.mark.containers
 TESTS = Path(__file__).parents[1]
 STAND_INS = TESTS / "hpc" / "stand_ins"
-ADDRESSES = ("10.213.78.1", "10.213.78.2")
 PATIENCE_S = 900
 SPEC = {
     "name": "two-containers",
@@ -42,44 +40,17 @@ exec python {program} "$@"
 """
 
 
-def ip(*words: str) -> None:
-    subprocess.run(["ip", *words], capture_output=True, text=True, check=True)
-
-
 @pytest.fixture
-def nodes() -> Iterator[tuple[str, str]]:
-    """Names of two network namespaces that reach each other and nothing else."""
-    if shutil.which("ip") is None:
-        pytest.skip("iproute2 is not installed")
-    names = (f"dc{os.getpid()}a", f"dc{os.getpid()}b")
-    made = subprocess.run(["ip", "netns", "add", names[0]], capture_output=True, text=True, check=False)
-    if made.returncode:
-        pytest.skip(f"no network namespace may be made: {made.stderr.strip()}")
-    try:
-        ip("netns", "add", names[1])
-        ip("link", "add", "veth0", "netns", names[0], "type", "veth", "peer", "name", "veth0", "netns", names[1])
-        for name, own, other in zip(names, ADDRESSES, reversed(ADDRESSES), strict=True):
-            ip("-n", name, "addr", "add", f"{own}/24", "dev", "veth0")
-            ip("-n", name, "link", "set", "lo", "up")
-            ip("-n", name, "link", "set", "veth0", "up")
-            ip("-n", name, "route", "add", "default", "via", other)
-        yield names
-    finally:
-        for name in names:
-            subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
-
-
-@pytest.fixture
-def machines(runtime: Runtime, image: Path, nodes: tuple[str, str], tmp_path: Path) -> Iterator[tuple[str, str]]:
-    """An instance in each namespace, by the namespace's name; both see the tests, the job's folder and the host's /tmp."""
+def machines(runtime: Runtime, image: Path, two_nodes: dict[str, str], tmp_path: Path) -> Iterator[dict[str, str]]:
+    """An instance in each namespace, of its name; both see the tests, the job's folder and the host's /tmp."""
     place = Place(tmp_path, (str(TESTS),), Path("/tmp"))
     try:
-        for node in nodes:
+        for node in two_nodes:
             words = [str(runtime.program), "instance", "start", *options(runtime, image, place, instance=True), str(image), node]
             subprocess.run(["ip", "netns", "exec", node, *words], check=True, capture_output=True, timeout=PATIENCE_S)
-        yield nodes
+        yield two_nodes
     finally:
-        for node in nodes:
+        for node in two_nodes:
             instances.stop(runtime, node)
 
 
@@ -89,7 +60,7 @@ def program(path: Path, text: str) -> str:
     return str(path)
 
 
-def test_a_sweep_runs_on_two_containers(runtime: Runtime, machines: tuple[str, str], tmp_path: Path) -> None:
+def test_a_sweep_runs_on_two_containers(runtime: Runtime, machines: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "spec.yaml").write_text(yaml.safe_dump(SPEC))
     enter = program(tmp_path / "enter", ENTER.format(program=runtime.program))
     (tmp_path / "bin").mkdir()
@@ -111,17 +82,17 @@ def test_a_sweep_runs_on_two_containers(runtime: Runtime, machines: tuple[str, s
         "SLURM_JOB_NUM_NODES": "2",
         "SLURM_CPUS_PER_TASK": "1",
         "SLURM_CPUS_ON_NODE": "1",
-        "SLURMD_NODENAME": machines[0],
+        "SLURMD_NODENAME": next(iter(machines)),
         "OMP_NUM_THREADS": "1",
         "APPTAINERENV_PYTHONPATH": f"{TESTS / 'hpc'}:{TESTS / 'sweeps'}",
         "APPTAINERENV_PREPEND_PATH": str(tmp_path / "bin"),
     }
-    command = ["ip", "netns", "exec", machines[0], "bash", str(script)]
+    command = ["ip", "netns", "exec", next(iter(machines)), "bash", str(script)]
     done = subprocess.run(
         command, cwd=tmp_path, env={**os.environ, **variables}, capture_output=True, text=True, timeout=PATIENCE_S, check=False
     )
     assert done.returncode == 0, (done.stdout[-3000:], done.stderr[-3000:])
     assert "2 nodes have joined" in done.stderr
     notes = [json.loads(line) for path in tmp_path.glob("sweep/trials/*/nodes.jsonl") for line in path.read_text().splitlines()]
-    assert {note["node"] for note in notes} == set(ADDRESSES)
+    assert {note["node"] for note in notes} == set(machines.values())
     assert json.loads((tmp_path / "sweep" / "result.json").read_text()) == [["finished", 30]] * 4

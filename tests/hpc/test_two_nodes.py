@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -22,7 +20,6 @@ from deepdisc_ops.hpc.jobs import JobSettings
 from .conftest import Cluster, wait_for
 
 TESTS = Path(__file__).parents[1]
-ADDRESSES = ("10.213.77.1", "10.213.77.2")
 PATIENCE_S = 600  # for a machine with much else to do
 TRIALS, STEPS = 6, 100
 SPEC = {
@@ -42,29 +39,6 @@ def pids(node: str) -> list[int]:
     return [int(word) for word in ip("netns", "pids", node).split()]
 
 
-@pytest.fixture
-def two_nodes() -> Iterator[tuple[str, str]]:
-    """Names of two network namespaces that reach each other and nothing else."""
-    if shutil.which("ip") is None:
-        pytest.skip("iproute2 is not installed")
-    nodes = (f"dd{os.getpid()}a", f"dd{os.getpid()}b")
-    made = subprocess.run(["ip", "netns", "add", nodes[0]], capture_output=True, text=True, check=False)
-    if made.returncode:
-        pytest.skip(f"no network namespace may be made: {made.stderr.strip()}")
-    try:
-        ip("netns", "add", nodes[1])
-        ip("link", "add", "veth0", "netns", nodes[0], "type", "veth", "peer", "name", "veth0", "netns", nodes[1])
-        for node, own, other in zip(nodes, ADDRESSES, reversed(ADDRESSES), strict=True):
-            ip("-n", node, "addr", "add", f"{own}/24", "dev", "veth0")
-            ip("-n", node, "link", "set", "lo", "up")
-            ip("-n", node, "link", "set", "veth0", "up")
-            ip("-n", node, "route", "add", "default", "via", other)
-        yield nodes
-    finally:
-        for node in nodes:
-            subprocess.run(["ip", "netns", "del", node], capture_output=True, check=False)
-
-
 def notes(out: Path) -> list[dict[str, object]]:
     """Steps of all trials so far, each with the node it was made on."""
     return [json.loads(line) for path in out.glob("trials/*/nodes.jsonl") for line in path.read_text().splitlines()]
@@ -72,8 +46,9 @@ def notes(out: Path) -> list[dict[str, object]]:
 
 @pytest.mark.slow
 @pytest.mark.integration
-def test_a_sweep_over_two_nodes_outlives_one_of_them(cluster: Cluster, two_nodes: tuple[str, str]) -> None:
+def test_a_sweep_over_two_nodes_outlives_one_of_them(cluster: Cluster, two_nodes: dict[str, str]) -> None:
     head, worker = two_nodes
+    addresses = set(two_nodes.values())
     cluster.folder = cluster.folder.parent / "a job"  # without a quote, which MLflow's SQL does not bear in the current folder
     cluster.folder.mkdir()
     programs = Path(sys.executable).parent
@@ -92,7 +67,7 @@ def test_a_sweep_over_two_nodes_outlives_one_of_them(cluster: Cluster, two_nodes
     out = cluster.folder / "a sweep"
     with cluster.start(job, nodes=f"{head},{worker}", prefix=("ip", "netns", "exec", head)) as process:
         try:
-            wait_for(lambda: process.poll() is not None or {note["node"] for note in notes(out)} == set(ADDRESSES), PATIENCE_S)
+            wait_for(lambda: process.poll() is not None or {note["node"] for note in notes(out)} == addresses, PATIENCE_S)
             assert process.poll() is None, cluster.output
             before = len(notes(out))
             for pid in pids(worker):

@@ -232,6 +232,7 @@ def test_weights_follow_the_validation_likelihood() -> None:
     assert min(member_weights([0.0, 5000.0])) > 0
     np.testing.assert_allclose(member_weights([-1.0, -3.0], "log_likelihood"), [0.25, 0.75])
     assert member_weights([1.0, 2.0, math.inf], "uniform") == [1 / 3] * 3
+    assert member_weights([math.nan]) == [1.0]
     np.testing.assert_allclose(member_weights([1.0, 2.0], [1, 3]), [0.25, 0.75])
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from deepdisc_ops.errors import ConfigError
+from deepdisc_ops.serving.contents import DustSource
 from deepdisc_ops.serving.discovery import trust
 from deepdisc_ops.serving.plan import Plan, ServerSettings, check_settings, service_settings
 from deepdisc_ops.serving.service import VARIABLE, ServiceSettings, read_service
@@ -82,6 +84,24 @@ def test_workers_read_what_the_server_wrote(spaced: Path) -> None:
     assert read == told
     assert (read.request_bytes, read.reply_bytes, read.max_window, read.memory) == (12345, 23456, 300, "swap")
     assert (read.busy, read.roots, read.dust_map, read.dust_scale) == (spaced / "busy", (spaced,), "sfd", 0.86)
+
+
+@pytest.mark.parametrize(
+    ("trained", "asked", "told"),
+    [
+        (None, {}, (None, 1.0)),
+        (DustSource(source="0.02"), {}, ("0.02", 1.0)),
+        (DustSource(source="sfd", scale=0.86), {}, (None, 1.0)),
+        (DustSource(source="sfd", scale=0.86), {"dust_folder": Path("maps")}, ("sfd", 0.86)),
+        (DustSource(source="sfd", scale=0.86), {"dust_map": "csfd", "dust_folder": Path("maps")}, ("csfd", 1.0)),
+    ],
+)
+def test_without_a_dust_map_the_archives_is_taken_where_its_files_can_be(
+    spaced: Path, trained: DustSource | None, asked: dict[str, Any], told: tuple[str | None, float]
+) -> None:
+    plan = Plan(spaced / "a.mar", "a.mar", "1", "2", ("g",), None, 12345, 23456, trained)
+    settings = service_settings(plan, ServerSettings(**asked), spaced / "busy")
+    assert (settings.dust_map, settings.dust_scale) == told
 
 
 def test_without_a_server_the_defaults_hold_and_a_damaged_file_is_told(spaced: Path) -> None:

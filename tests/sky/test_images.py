@@ -181,6 +181,14 @@ def test_missing_band_is_named(spaced: Path) -> None:
         open_mosaic(write(spaced / "m.fits", ("g", "r")), BANDS)
 
 
+def test_a_band_of_another_name_is_suggested_for_a_missing_one(spaced: Path) -> None:
+    hdus = [fits.ImageHDU(pixels("g"), header(MAGZERO=27.0), name=name) for name in ("g", "r", "HSC-I")]
+    fits.HDUList([fits.PrimaryHDU(), *hdus]).writeto(spaced / "m.fits")
+    with pytest.raises(ImageError, match="expected g, r, i; did you mean hsc-i for i. name planes by --plane-bands; add") as told:
+        open_mosaic(spaced / "m.fits", BANDS)
+    assert "for g" not in str(told.value)
+
+
 def test_bands_must_share_one_wcs(spaced: Path) -> None:
     hdus = [fits.ImageHDU(pixels(b), header(0.5 * (b == "r"), MAGZERO=27.0), name=b) for b in BANDS]
     fits.HDUList([fits.PrimaryHDU(), *hdus]).writeto(spaced / "m.fits")

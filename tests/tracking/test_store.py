@@ -54,7 +54,10 @@ def test_a_store_of_a_newer_or_an_older_mlflow_is_left_alone(make_store: MakeSto
         Tracker(uri)
 
 
-def test_a_read_only_store_is_read_and_refuses_writes_with_the_remedy(make_store: MakeStore) -> None:
+def test_a_read_only_store_is_read_and_refuses_writes_with_the_remedy(
+    make_store: MakeStore, spaced: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(spaced)  # MLflow makes a folder of the name of such an address there
     uri = make_store("to read")
     run = Tracker(uri).find_or_create("one", ("key", "value"))
     path = sqlite_path(uri)

@@ -1,0 +1,114 @@
+"""The studies of both papers, as small trainings on a frozen sky: what is varied, and what the paper found.
+
+A variant differs from the preset `small` in settings alone, or in the data set it learns from and is judged on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Sky = Literal["as_is", "one_year", "blurred"]
+"""Data sets: the frozen sky, the same sky at 1 year of depth, and the same images blurred."""
+
+BLUR_PIXELS = 2.5
+"""Sigma of the Gaussian that blurs images. The JADES paper's kernel is "of 25 pixels", its width not defined; ours takes LSST's
+PSF of 0.7 arcsec to one of 1.4."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One training: its settings beyond the preset's, and the data set."""
+
+    label: str
+    overrides: tuple[str, ...] = ()
+    sky: Sky = "as_is"
+
+
+@dataclass(frozen=True)
+class Study:
+    """Variants side by side, the first of them the preset as it is; ``members`` are variants that count as one ensemble.
+
+    stars: judged with stars among the galaxies too, at redshift 0. ensembles: how many members there are in each that is judged.
+    """
+
+    title: str
+    question: str
+    paper: str
+    variants: tuple[Variant, ...]
+    stars: bool = False
+    ensembles: tuple[int, ...] = ()
+    calibration: bool = False
+
+
+PRESET = Variant("preset")
+SEEDS = tuple(Variant(f"seed {seed}", (f"seed={seed}",) if seed else ()) for seed in range(3))
+
+STUDIES: dict[str, Study] = {
+    "depth": Study(
+        "One year against five",
+        "How much does depth matter, to the same network trained on the same sky?",
+        "LSST paper: sigma_IQR 0.0756 after one year, 0.0363 after five, outliers 11.6 % and 9.7 %, on the objects common to both.",
+        (Variant("5 years"), Variant("1 year", (), "one_year")),
+    ),
+    "size": Study(
+        "Size of the training set",
+        "What do a fifth and two fifths of the training scenes cost, with as many steps?",
+        "The JADES paper compares training sets of one, two and five times the size; no figures of it are repeated here.",
+        (
+            Variant("all scenes"),
+            Variant("two fifths", ("data.fraction=0.4",)),
+            Variant("one fifth", ("data.fraction=0.2",)),
+        ),
+    ),
+    "blur": Study(
+        "Blurred images",
+        "How much of what the network knows is in the fine detail of the images, once it is trained on blurred ones?",
+        'The JADES paper trains anew on images convolved with a Gaussian kernel "of 25 pixels", whose width it does not define.',
+        (Variant("as seen"), Variant("blurred", (), "blurred")),
+    ),
+    "bands": Study(
+        "Subsets of bands",
+        "What does each band add?",
+        "The JADES paper compares nine, six and four of NIRCam's bands; no figures of it are repeated here.",
+        (
+            Variant("ugrizy"),
+            Variant("grizy", ("model.bands=[g, r, i, z, y]",)),
+            Variant("griz", ("model.bands=[g, r, i, z]",)),
+            Variant("gri", ("model.bands=[g, r, i]",)),
+        ),
+    ),
+    "stars": Study(
+        "Stars in the training of redshifts",
+        "Should the redshift head learn from stars, at z = 0?",
+        "LSST paper: z-pure, without stars, has sigma_IQR 0.0410 of galaxies alone and 0.0422 of a sample with stars, and "
+        "11.8 and 12.8 % outliers; z-all has 0.0422 and 12.8 % of the latter.",
+        (Variant("z-pure"), Variant("z-all", ("model.redshift_head.stars=z_all",))),
+        stars=True,
+    ),
+    "ensemble": Study(
+        "One, two, three members",
+        "What do members of other seeds add, and what does calibration?",
+        "JADES paper: ten members give sigma_IQR 0.0311 and 5.0 % outliers, single ones 0.0356 to 0.0435 and 5.7 to 8.4 %.",
+        SEEDS,
+        ensembles=(1, 2, 3),
+    ),
+    "calibration": Study(
+        "Calibration on and off",
+        "Are the densities right, and what does recalibrating them on a split of their own do?",
+        "LSST paper: a PIT KS of 0.0115 and a CDE loss of -4.249, nothing recalibrated that it tells of.",
+        SEEDS,
+        ensembles=(1, 3),
+        calibration=True,
+    ),
+    "scaling": Study(
+        "Scaling of the input",
+        "Does it matter how pixels reach the network?",
+        "JADES takes z-scores over the training pixels; the LSST paper does not state its scaling.",
+        (
+            Variant("arcsinh"),
+            Variant("linear", ("model.input.scaling=linear",)),
+            Variant("z-score", ("model.input.scaling=zscore",)),
+        ),
+    ),
+}

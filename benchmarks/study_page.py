@@ -1,0 +1,62 @@
+"""docs/studies.md, written from the results of the studies: each figure beside what the paper found."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.study_list import BLUR_PIXELS, STUDIES, Study
+
+HEAD = f"""# The papers' studies, small
+
+Each variant is preset `small`, trained from the same seed for the steps stated, on the train split of `lsst_reference`, and judged
+on its test split, on the gold galaxies (i < 25.3, clear of the border) that every variant found within 0.5". Bias, sigma_IQR and
+outliers are those of the LSST convention and of the mode, errors are from the bootstrap. One seed each, unless a study says
+otherwise: what differs by less than two errors may be chance. Blurred images are convolved with a Gaussian of {BLUR_PIXELS:g} px.
+
+    $ python -m benchmarks.studies --study NAME --minutes 20
+
+trains, judges and writes this page (`--render`: the page alone). The dotted line is the first variant.
+"""
+
+
+def write_page(results: Path, page: Path) -> Path:
+    """Write the page from the result files that are there; studies without one are said not to have run."""
+    page.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = page.with_name(f".{page.name}.part")
+    unfinished.write_text("\n".join([HEAD, *sections(results)]))
+    unfinished.replace(page)
+    return page
+
+
+def sections(results: Path) -> Iterator[str]:
+    """A section for each study."""
+    for name, study in STUDIES.items():
+        file = results / f"study_{name}.json"
+        yield f"## {study.title}\n\n{study.question}\n"
+        yield f"*What the papers found.* {study.paper}\n"
+        if not file.is_file():
+            yield f"*Here.* Not run yet: `python -m benchmarks.studies --study {name}`.\n"
+            continue
+        result = json.loads(file.read_text())
+        yield from found(name, study, result)
+
+
+def found(name: str, study: Study, result: Mapping[str, Any]) -> Iterator[str]:
+    """What a study found here: figure, table, and where it comes from."""
+    figures = result["figures"]
+    yield f"![{study.title}](study-{name}.png)\n"
+    yield "| | bias | sigma_IQR | outliers | CDE loss | NLL | PIT KS |\n|---|---|---|---|---|---|---|"
+    for label, one in figures["variants"].items():
+        share, error = 100 * one["outlier_fraction"], 100 * one["outlier_fraction_error"]
+        yield (
+            f"| {label} | {one['bias']:+.4f} ± {one['bias_error']:.4f} | {one['sigma_iqr']:.4f} ± {one['sigma_iqr_error']:.4f} "
+            f"| {share:.1f} ± {error:.1f} % | {one['cde_loss']:.2f} ± {one['cde_loss_error']:.2f} | {one['nll']:.3f} ± "
+            f"{one['nll_error']:.3f} | {one['ks']:.4f} ± {one['ks_error']:.4f} |"
+        )
+    complete = ", ".join(f"{label} {100 * share:.1f} %" for label, share in figures["completeness"].items())
+    yield f"\n*Here.* {figures['common']} galaxies that all found, of {figures['test']}; completeness: {complete}."
+    made = f"`{result['command']}`, commit {result['commit']}, {result['date']}"
+    yield f"{figures['steps']} steps of {figures['batch']} crops each; {made}.\n"
