@@ -1,232 +1,206 @@
-"""A trained network against a catalogue's redshifts: ``python -m benchmarks.photoz [--model FOLDER] [--sky NAME] [--quick]``.
+"""Networks against catalogue codes: ``python -m benchmarks.photoz [--model FOLDER] [--sky NAME] [--each] [--quick]``.
 
-The test scenes of a frozen sky go through the network, which sees their images and E(B-V) alone. Gradient boosting learns from the
-gold galaxies (i < 25.3) of the same sky's train split: from fluxes in five apertures at the true positions in the same images
-(``measured``, what the network is compared with) and from noisy true magnitudes (``catalogue``, a bound that no image gives).
-Gold galaxies are found if a detection lies within the radius, one-to-one with all true sources. Redshifts are modes of the
-network's densities (medians and the redshifts of the least risk stand beside) and medians of the boosting; scatter and outliers
-are those of the LSST paper, whose limit is three times one's own sigma_IQR: how many lie beyond that of the boosting is told for
-all. Galaxies whose box the border of their scene cuts are left out, as the border is the scene's and not the sky's; completeness
-with them is told, and within 1", the radius of the papers. Network and boosting are judged on the galaxies that the network
-found; of the boosting on all is told too.
+The test scenes of a frozen sky go through an ensemble of any number of members, which sees their images and E(B-V) alone. The
+codes' answers are those that `benchmarks.baselines` kept before, in the folder ``--baselines``: from fluxes in five apertures at
+the true positions in the same images, learned from the gold galaxies (i < 25.3) of the same sky's train split.
+
+All are judged on the galaxies that the network found, clear of the border of their scene, which is the scene's and not the sky's;
+completeness with the border is told, and within 1", the radius of the papers. Redshifts of the network are modes (medians and the
+redshifts of the least risk stand beside), scatter and outliers those of the LSST paper, whose limit is three times one's own
+sigma_IQR: how many lie beyond that of each code is told too. ``calibrated`` is the ensemble with what `members calibrate` has
+learned. ``--each`` looks with every member alone as well, on the galaxies that all of them found, for the scatter over members.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import os
 import time
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
-from functools import cache
-from itertools import pairwise
+from collections.abc import Mapping
+from concurrent.futures import Executor, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
-import torch
 from numpy.typing import NDArray
 
-from benchmarks import record
-from benchmarks.reference_sky import GOLD_LIMIT, GRID, QUICK_SHARE, SPLITS, counted, rounded, table_features, tables
-from deepdisc_ops.data import surveys
-from deepdisc_ops.data.reference import ReferenceSky, Split, check_reference, load_reference, reference_names, reference_scene
-from deepdisc_ops.inference.ensemble import Ensemble
-from deepdisc_ops.photoz.baseline import Baseline
-from deepdisc_ops.photoz.figures import redshift_scatter, write_figure
-from deepdisc_ops.photoz.metrics import pit_ks, point_metrics, residual
-from deepdisc_ops.photoz.mixture import GaussianMixture
-from deepdisc_ops.sky.dust import EbvPlane
-from deepdisc_ops.sky.matching import match_on_sky
+from benchmarks import record, scoring
+from benchmarks.codes import CODES
+from benchmarks.gold import Gold, Traits, read_gold, read_traits, scene_count
+from benchmarks.looking import RADIUS_ARCSEC, WIDE_ARCSEC, Look, Seen, look
+from benchmarks.reference_sky import counted
+from benchmarks.scoring import BLENDED, EDGES, Judged
+from deepdisc_ops.data.reference import ReferenceSky, check_reference, load_reference, reference_names
+from deepdisc_ops.inference.ensemble import read_description
+from deepdisc_ops.photoz.calibration import Calibration
+from deepdisc_ops.photoz.figures import binned_statistics, redshift_scatter, write_figure
+from deepdisc_ops.photoz.metrics import (
+    PointMetrics,
+    binned_metrics,
+    completeness,
+    ensemble_metrics,
+    pit_ks,
+    point_metrics,
+    residual,
+)
 
 Floats = NDArray[np.float64]
+Bools = NDArray[np.bool_]
 
-YEARS = 5.0
-RADIUS_ARCSEC, WIDE_ARCSEC = 0.5, 1.0
-BORDER_PX = 5.5
-"""Half of the smallest box that the network learns."""
-MAGNITUDES = (17.0, 20.0, 22.0, 23.5, 24.5, GOLD_LIMIT)
+SHORT = {"gradient_boosting": "gbm"}
+"""Codes whose ratios have a shorter name."""
 
 
-@dataclass(frozen=True)
-class Task:
-    """A test scene and the folder of the network that looks at it."""
-
-    sky: ReferenceSky
-    index: int
-    model: Path
+def looks(sky: ReferenceSky, model: Path, member: int | None, scenes: int, pool: Executor) -> Seen:
+    """All test scenes, seen by an ensemble or by one member of it."""
+    tasks = [Look(sky, index, model, member) for index in range(scenes)]
+    title = "test scenes" if member is None else f"test scenes, member {member}"
+    return Seen.together(list(counted(pool.map(look, tasks), scenes, title)))
 
 
-@dataclass(frozen=True)
-class Seen:
-    """What the network says of the G gold galaxies of a scene, in the catalogue's order.
-
-    found, within_wide and whole (G,) bool: whether a detection is within either radius, and whether the galaxy is clear of the
-    border; mixtures weights, means and sigmas (G, K), zero where a galaxy was not found; detections: how many there were, and
-    how many of them match no true source, within either radius.
-    """
-
-    found: NDArray[np.bool_]
-    within_wide: NDArray[np.bool_]
-    whole: NDArray[np.bool_]
-    weights: Floats
-    means: Floats
-    sigmas: Floats
-    detections: int
-    false: int
-    false_wide: int
-
-
-@cache
-def ensemble(folder: Path) -> Ensemble:
-    """The network, loaded once a process."""
-    return Ensemble.load(folder)
-
-
-def look(task: Task) -> Seen:
-    """Detect in a scene and match with its truth."""
-    scene = reference_scene(task.sky, "test", task.index, years=YEARS)
-    network = ensemble(task.model)
-    order = [scene.survey.bands.index(band) for band in network.bands]
-    ebv = float(np.median(np.asarray(scene.catalog["ebv"])))
-    found = network.predict(scene.image[order], EbvPlane.constant(ebv))
-    magnitude = np.asarray(scene.catalog[f"mag_{scene.survey.bands[scene.survey.gold_index]}"])
-    gold = np.flatnonzero((magnitude < GOLD_LIMIT) & (np.asarray(scene.catalog["class"]) == 0))
-    catalog = scene.catalog
-    degrees = scene.survey.pixel_scale / 3600
-    true = np.array([np.asarray(catalog[axis], np.float64) for axis in ("x", "y")])
-    sizes = np.array(scene.image.shape[:0:-1])
-    inside = [(axis >= BORDER_PX) & (axis <= size - 1 - BORDER_PX) for axis, size in zip(true, sizes, strict=True)]
-
-    def partners(radius: float) -> tuple[NDArray[np.int64], int]:
-        """The detection (N,) of each true source, -1 for none, and the number of detections without one."""
-        (x, y), (x_found, y_found) = (degrees * true), (degrees * found.centres.T)
-        matches = match_on_sky(x, y, x_found, y_found, radius)
-        partner = np.full(len(catalog), -1)
-        partner[matches.index1] = matches.index2
-        return partner, len(found) - len(matches.index2)
-
-    (near, false), (wide, false_wide) = partners(RADIUS_ARCSEC), partners(WIDE_ARCSEC)
-    mine = near[gold]
-    there = mine >= 0
-    weights, means, sigmas = (np.zeros((len(gold), network.components)) for _ in range(3))
-    for table, answers in ((weights, found.weights), (means, found.means), (sigmas, found.sigmas)):
-        table[there] = answers[mine[there]]
-    whole = (inside[0] & inside[1])[gold]
-    return Seen(there, wide[gold] >= 0, whole, weights, means, sigmas, len(found), false, false_wide)
-
-
-def baselines(files: dict[Split, Path], bands: int) -> dict[str, tuple[Floats, Floats]]:
-    """Redshifts (G,) and log densities at the truth (G,) of the gold galaxies of the test split, by kind of table."""
-    read = {split: pq.read_table(file) for split, file in files.items()}
-    z = {split: np.asarray(table["redshift"], np.float64) for split, table in read.items()}
-    found = {}
-    for kind in ("measured", "catalogue"):
-        features = {split: table_features(table, kind, bands) for split, table in read.items()}
-        boosted = Baseline().fit(features["train"], z["train"]).calibrate(features["calibration"], z["calibration"])
-        density = boosted.densities(features["test"], GRID)
-        found[kind] = boosted.predict(features["test"]), density.log_density(z["test"])
+def estimates(seen: Seen, where: Bools, truth: Floats, calibration: Calibration | None) -> dict[str, Judged]:
+    """The network by its modes, medians and redshifts of the least risk, without and with its calibration."""
+    mixture = seen.mixture(where)
+    named = {
+        "network": mixture.mode(),
+        "network_median": mixture.quantiles((0.5,))[:, 0],
+        "network_least_risk": mixture.least_risk(),
+    }
+    found = {name: Judged.of_mixture(z.numpy(), mixture, truth[where]) for name, z in named.items()}
+    if calibration is not None:
+        mixture = seen.mixture(where, calibration)
+        named = {"calibrated": mixture.mode(), "calibrated_least_risk": mixture.least_risk()}
+        found |= {name: Judged.of_mixture(z.numpy(), mixture, truth[where]) for name, z in named.items()}
     return found
 
 
-def scores(estimate: Floats, truth: Floats) -> dict[str, Any]:
-    """Point metrics of the LSST convention, with bootstrap errors."""
-    return rounded(point_metrics(estimate, truth, "lsst", np.random.default_rng(0)))
+def read_baselines(folder: Path, truth: Floats) -> dict[str, Judged]:
+    """The codes whose answers are there."""
+    found = {code: scoring.read(folder / f"{code}.npz", truth) for code in CODES if (folder / f"{code}.npz").is_file()}
+    if not found:
+        raise SystemExit(f"{folder} holds no code's answers; run `python -m benchmarks.baselines` on the same scenes first")
+    return found
 
 
-def by_magnitude(
-    mode: Floats, boosted: Floats, truth: Floats, magnitude: Floats, found: NDArray[np.bool_], whole: NDArray[np.bool_]
-) -> list[dict[str, Any]]:
-    """Completeness, and scatter and outliers of network and boosting, in bins of magnitude."""
-    rows = []
-    for low, high in pairwise(MAGNITUDES):
-        inside = (magnitude >= low) & (magnitude < high) & whole
-        both = inside & found
-        row: dict[str, Any] = {"magnitude": [low, high], "n": int(inside.sum()), "completeness": float(found[inside].mean())}
-        for name, estimate in (("network", mode), ("gbm", boosted)):
-            score = scores(estimate[both], truth[both])
-            row |= {f"{name}_{key}": score[key] for key in ("bias", "sigma_iqr", "outlier_fraction")}
-        rows.append(row)
-    return rows
+def unfrozen(codes: Mapping[str, Judged], sky: str) -> list[str]:
+    """Codes whose answers are not those of the kept result, which were frozen before any network was judged."""
+    file = record.RESULTS / "baselines.json"
+    kept = json.loads(file.read_text())["figures"].get(sky, {}).get("codes", {}) if file.is_file() else {}
+    return [name for name, judged in codes.items() if kept.get(name, {}).get("digest") != scoring.digest(judged)]
 
 
-def judge(sky: ReferenceSky, seen: list[Seen], files: dict[Split, Path], pictures: Path) -> dict[str, Any]:
-    """All figures."""
-    bands = len(surveys.survey(sky.settings.survey).bands)
-    table = pq.read_table(files["test"])
-    truth, magnitude = (np.asarray(table[name], np.float64) for name in ("redshift", "mag"))
-    seen_at_all, within_wide, whole = (
-        np.concatenate([getattr(one, name) for one in seen]) for name in ("found", "within_wide", "whole")
-    )
-    found = seen_at_all & whole
-    columns = [np.concatenate([getattr(one, name) for one in seen])[found] for name in ("weights", "means", "sigmas")]
-    mixture = GaussianMixture.from_arrays(*columns)
-    mode = np.full(len(truth), np.nan)
-    mode[found] = mixture.mode().numpy()
-    boosted = baselines(files, bands)
-    network = scores(mode[found], truth[found])
-    figure = redshift_scatter(truth[found], mode[found], point_metrics(mode[found], truth[found], "lsst", np.random.default_rng(0)))
-    write_figure(figure, pictures / "photoz-network.png")
-    z = torch.from_numpy(truth[found])
-    rows: dict[str, Any] = {
-        "network": network
-        | {
-            "mean_nll": float(-mixture.log_prob(z).mean()),
-            "pit_ks": float(pit_ks(mixture.truncated_cdf(z).numpy())),
-        }
-    }
-    for kind, (estimate, log_density) in boosted.items():
-        finite = np.maximum(log_density, -20.0)
-        rows[f"gbm_{kind}"] = scores(estimate[found], truth[found]) | {"mean_nll": float(-finite[found].mean())}
-        rows[f"gbm_{kind}_of_all"] = scores(estimate[whole], truth[whole])
-    share, detections = float(seen_at_all[whole].mean()), sum(one.detections for one in seen)
-    limit = rows["gbm_measured"]["outlier_limit"]
-    others = {"median": mixture.quantiles((0.5,))[:, 0].numpy(), "least_risk": mixture.least_risk().numpy()}
-    rows |= {f"network_{name}": scores(estimate, truth[found]) for name, estimate in others.items()}
-    told = {"network": mode[found], **{f"network_{name}": estimate for name, estimate in others.items()}}
-    beyond = {
-        name: float((np.abs(residual(estimate, truth[found], "lsst")) > limit).mean())
-        for name, estimate in (told | {"gbm": boosted["measured"][0][found]}).items()
-    }
+def judge(seen: Seen, gold: Gold, traits: Traits, codes: Mapping[str, Judged], calibration: Calibration | None) -> dict[str, Any]:
+    """All figures of the ensemble beside the codes."""
+    where = seen.found & traits.whole
+    truth = gold.redshift[where]
+    rows = estimates(seen, where, gold.redshift, calibration) | {name: judged.select(where) for name, judged in codes.items()}
+    main = "calibrated" if calibration is not None else "network"
+    shown = {name: rows[name] for name in (main, f"{main}_least_risk", *codes)}
+    blended = traits.blendedness[where] > BLENDED
+    columns = {"magnitude": gold.magnitude, "redshift": gold.redshift, "blendedness": traits.blendedness}
+    found = completeness(traits.whole, np.flatnonzero(seen.found))
+    table = {name: scoring.scores(judged, truth) for name, judged in rows.items()}
+    limits = {name: table[name]["outlier_limit"] for name in codes}
     return {
-        "beyond_outlier_limit_of_gbm": beyond,
-        "gold": int(whole.sum()),
-        "completeness": share,
-        "completeness_error": float(np.sqrt(share * (1 - share) / whole.sum())),
-        "completeness_with_borders": float(seen_at_all.mean()),
-        "completeness_wide": float(within_wide[whole].mean()),
-        "detections": detections,
-        "purity": 1 - sum(one.false for one in seen) / detections,
-        "purity_wide": 1 - sum(one.false_wide for one in seen) / detections,
+        "gold": int(traits.whole.sum()),
+        "completeness": found.value,
+        "completeness_error": found.error,
+        "completeness_with_borders": float(seen.found.mean()),
+        "completeness_wide": float(seen.within_wide[traits.whole].mean()),
+        "detections": seen.detections,
+        "purity": 1 - seen.false / seen.detections,
+        "purity_wide": 1 - seen.false_wide / seen.detections,
         "radius_arcsec": RADIUS_ARCSEC,
         "radius_wide_arcsec": WIDE_ARCSEC,
-        **rows,
-        "by_magnitude": by_magnitude(mode, boosted["measured"][0], truth, magnitude, seen_at_all, whole),
+        "main": main,
+        "scores": table,
+        "of_all": {
+            name: scoring.scores(judged.select(traits.whole), gold.redshift[traits.whole]) for name, judged in codes.items()
+        },
+        "beyond_limit_of": {
+            code: {name: float((np.abs(residual(one.redshift, truth, "lsst")) > limit).mean()) for name, one in rows.items()}
+            for code, limit in limits.items()
+        },
+        "blended": {
+            name: scoring.scores(one.select(blended), truth[blended]) if blended.sum() > 1 else {"n": int(blended.sum())}
+            for name, one in shown.items()
+        },
+        "binned": {column: scoring.binned(shown, truth, values[where], EDGES[column]) for column, values in columns.items()},
     }
 
 
-def report(figures: dict[str, Any]) -> list[str]:
+def ratios(figures: Mapping[str, Any], codes: Mapping[str, Judged]) -> dict[str, float]:
+    """Scatter and outliers of the network over those of each code, of all galaxies and of the blended ones; PIT KS."""
+    main, table, blended = figures["main"], figures["scores"], figures["blended"]
+    risk = f"{main}_least_risk"
+    found: dict[str, float] = {f"pit_ks_{name}": table[name]["ks"] for name in ("network", "calibrated") if name in table}
+    for code in codes:
+        short, beyond = SHORT.get(code, code), figures["beyond_limit_of"][code]
+        for name, suffix in ((main, ""), (risk, "_of_least_risk")):
+            found[f"sigma_iqr_over_{short}{suffix}"] = table[name]["sigma_iqr"] / table[code]["sigma_iqr"]
+            found[f"outliers_over_{short}{suffix}"] = table[name]["outlier_fraction"] / table[code]["outlier_fraction"]
+            found[f"outliers_over_{short}_at_its_limit{suffix}"] = beyond[name] / beyond[code]
+            found[f"cde_loss_minus_{short}{suffix}"] = table[name]["cde_loss"] - table[code]["cde_loss"]
+        if "sigma_iqr" in blended[main]:
+            found[f"blended_sigma_iqr_over_{short}"] = blended[main]["sigma_iqr"] / blended[code]["sigma_iqr"]
+            found[f"blended_outliers_over_{short}"] = blended[main]["outlier_fraction"] / blended[code]["outlier_fraction"]
+    return {name: round(value, 4) for name, value in found.items()}
+
+
+def members(alone: list[Seen], together: Seen, gold: Gold, traits: Traits) -> dict[str, Any]:
+    """Every member by itself and the ensemble, on the galaxies that all found; the mean and scatter over members."""
+    common = traits.whole & together.found & np.logical_and.reduce([one.found for one in alone])
+    truth = gold.redshift[common]
+
+    def of(seen: Seen) -> tuple[PointMetrics, dict[str, float]]:
+        judged = Judged.of_mixture(seen.mixture(common).mode().numpy(), seen.mixture(common), truth)
+        points = point_metrics(judged.redshift, truth, "lsst", np.random.default_rng(0))
+        shown = {name: scoring.rounded(getattr(points, name)) for name in ("bias", "sigma_iqr", "outlier_fraction")}
+        return points, shown | {"nll": scoring.rounded(float(judged.nll.mean())), "pit_ks": scoring.rounded(pit_ks(judged.pit))}
+
+    rows = [of(one) for one in alone]
+    over = ensemble_metrics([points for points, _ in rows])
+    return {
+        "common": int(common.sum()),
+        "members": [shown for _, shown in rows],
+        "mean_and_scatter": {name: [scoring.rounded(part) for part in estimate] for name, estimate in over.items()},
+        "ensemble": of(together)[1],
+    }
+
+
+def draw(seen: Seen, gold: Gold, traits: Traits, codes: Mapping[str, Judged], calibration: Calibration | None, stem: Path) -> None:
+    """The redshifts, and the ensemble against the codes in bins."""
+    where = seen.found & traits.whole
+    truth, mode = gold.redshift[where], seen.mixture(where, calibration).mode().numpy()
+    write_figure(redshift_scatter(truth, mode, point_metrics(mode, truth, "lsst", np.random.default_rng(0))), stem)
+    redshifts = {"network": mode} | {name.replace("_", " "): judged.redshift[where] for name, judged in codes.items()}
+    columns = {"magnitude": ("i (AB mag)", gold.magnitude), "blendedness": ("blendedness", traits.blendedness)}
+    for column, (title, values) in columns.items():
+        series = {
+            name: binned_metrics(z, truth, values[where], EDGES[column], "lsst", np.random.default_rng(0), samples=100, least=20)
+            for name, z in redshifts.items()
+        }
+        if any(series.values()):
+            write_figure(binned_statistics(series, title), stem.with_name(f"{stem.stem}-{column}.png"))
+
+
+def report(figures: Mapping[str, Any]) -> list[str]:
     """What was found, a line each."""
-    found, error = figures["completeness"], figures["completeness_error"]
+    found = f"completeness {figures['completeness']:.4f} ± {figures['completeness_error']:.4f}, purity {figures['purity']:.4f}"
     lines = [
-        f"{figures['gold']} gold galaxies, completeness {found:.4f} ± {error:.4f}, purity {figures['purity']:.4f}",
+        f"{figures['gold']} gold galaxies, {found}",
         f"with those at borders {figures['completeness_with_borders']:.4f}",
         f"within {WIDE_ARCSEC:g} arcsec {figures['completeness_wide']:.4f}, purity {figures['purity_wide']:.4f}",
+        *scoring.lines(figures["scores"]),
+        f"at blendedness above {BLENDED}",
+        *scoring.lines({name: one for name, one in figures["blended"].items() if "sigma_iqr" in one}),
     ]
-    for name, score in figures.items():
-        if isinstance(score, dict) and "sigma_iqr" in score:
-            nll = f"{score['mean_nll']:>8.3f}" if "mean_nll" in score else ""
-            lines.append(
-                f"{name:<22}{score['n']:>7}{score['bias']:>+9.4f}{score['sigma_iqr']:>9.4f} ± {score['sigma_iqr_error']:.4f}"
-                f"{score['outlier_fraction']:>9.4f} ± {score['outlier_fraction_error']:.4f}{nll}"
-            )
-    lines += [
-        f"i {row['magnitude'][0]:.1f} to {row['magnitude'][1]:.1f}{row['n']:>7} completeness {row['completeness']:.3f}"
-        f" sigma_IQR {row['network_sigma_iqr']:.4f}, gbm {row['gbm_sigma_iqr']:.4f}"
-        for row in figures["by_magnitude"]
-    ]
+    for column, rows in figures["binned"].items():
+        lines += scoring.binned_lines(rows, list(figures["blended"]), column)
+    for number, one in enumerate(figures.get("alone", {}).get("members", ())):
+        lines.append(f"member {number} alone: " + ", ".join(f"{name} {value:.4f}" for name, value in one.items()))
     return lines
 
 
@@ -235,6 +209,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path("models/lsst-small"), help="ensemble folder")
     parser.add_argument("--sky", choices=reference_names(), default="lsst_reference")
+    parser.add_argument("--each", action="store_true", help="look with every member alone too")
+    parser.add_argument("--baselines", type=Path, default=Path("build/baselines"), help="--out of benchmarks.baselines")
     parser.add_argument("--quick", action="store_true", help="a tenth of the scenes; results go to the work folder")
     parser.add_argument(
         "--work", type=Path, default=Path("build/reference-sky"), help="folder of benchmarks.reference_sky's tables"
@@ -242,40 +218,33 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     arguments = parser.parse_args()
     check_reference(arguments.sky)
-    sky, start = load_reference(arguments.sky), time.monotonic()
+    sky, model, start = load_reference(arguments.sky), arguments.model.resolve(), time.monotonic()
+    description = read_description(model)
+    learned = description.get("calibration")
+    calibration = None if learned is None else Calibration.from_dict(learned)
     arguments.work.mkdir(parents=True, exist_ok=True)
     os.environ["OMP_NUM_THREADS"] = "1"
-    files: dict[Split, Path] = {}
+    scenes = scene_count(sky, "test", quick=arguments.quick)
     with ProcessPoolExecutor(arguments.processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for split in SPLITS:
-            scenes = sky.splits[split].scenes
-            count = max(2, int(scenes * QUICK_SHARE)) if arguments.quick else scenes
-            _, files[split] = tables(sky, YEARS, split, count, arguments.work, keep=False, pool=pool)
-        tasks = [Task(sky, index, arguments.model.resolve()) for index in range(count)]
-        seen = list(counted(pool.map(look, tasks), len(tasks), "test scenes"))
-    pictures = arguments.work if arguments.quick else Path(__file__).parent.parent / "docs"
-    figures = judge(sky, seen, files, pictures)
+        gold = read_gold(sky, "test", arguments.work, quick=arguments.quick, pool=pool)
+        traits = read_traits(sky, arguments.work, quick=arguments.quick, pool=pool)
+        codes = read_baselines(arguments.baselines / (f"{sky.name}-quick" if arguments.quick else sky.name), gold.redshift)
+        seen = looks(sky, model, None, scenes, pool)
+        count = len(description["members"])
+        alone = [looks(sky, model, member, scenes, pool) for member in range(count)] if arguments.each and count > 1 else []
+    figures = judge(seen, gold, traits, codes, calibration) | {"members": count}
+    if alone:
+        figures["alone"] = members(alone, seen, gold, traits)
+    if not arguments.quick:
+        figures["codes_not_as_frozen"] = unfrozen(codes, sky.name)
     lines = [*report(figures), f"{time.monotonic() - start:.0f} s"]
-    print("\n".join(lines))
-    beyond = figures["beyond_outlier_limit_of_gbm"]
-    network, boosted, of_all = figures["network"], figures["gbm_measured"], figures["gbm_measured_of_all"]
-    others = {
-        f"{what}_of_{name}": figures[f"network_{name}"][column] / boosted[column]
-        for name in ("median", "least_risk")
-        for what, column in (("sigma_iqr", "sigma_iqr"), ("outliers", "outlier_fraction"))
-    }
-    ratios = others | {
-        "sigma_iqr_over_gbm": network["sigma_iqr"] / boosted["sigma_iqr"],
-        "outliers_over_gbm": network["outlier_fraction"] / boosted["outlier_fraction"],
-        "outliers_over_gbm_at_its_limit": beyond["network"] / beyond["gbm"],
-        "outliers_of_median_at_its_limit": beyond["network_median"] / beyond["gbm"],
-        "outliers_of_least_risk_at_its_limit": beyond["network_least_risk"] / beyond["gbm"],
-        "sigma_iqr_over_gbm_of_all": network["sigma_iqr"] / of_all["sigma_iqr"],
-        "outliers_over_gbm_of_all": network["outlier_fraction"] / of_all["outlier_fraction"],
-    }
-    print(ratios)
+    found = ratios(figures, codes)
+    print("\n".join([*lines, *(f"{name}: {value:g}" for name, value in found.items())]))
+    name = "photoz" if sky.name == reference_names()[0] else f"photoz_{sky.name}"
+    pictures = arguments.work if arguments.quick else Path(__file__).parents[1] / "docs"
+    draw(seen, gold, traits, codes, calibration, pictures / f"{name.replace('_', '-')}-network.png")
     folder = arguments.work if arguments.quick else record.RESULTS
-    print(record.write("photoz", ratios=ratios, figures=figures, log=lines, folder=folder))
+    print(record.write(name, ratios=found, figures=figures, log=lines, folder=folder, module="photoz"))
 
 
 if __name__ == "__main__":

@@ -28,8 +28,11 @@ def write(
     log: str | Iterable[str] = (),
     arguments: Sequence[str] | None = None,
     folder: Path = RESULTS,
+    module: str | None = None,
 ) -> Path:
     """Write the result of ``python -m benchmarks.NAME``: ratios are named after what they claim, figures are the rest.
+
+    module: the program, where it keeps results of several names.
 
     arguments of the command are this process's unless given; of paths in them only the name is kept.
     """
@@ -41,7 +44,7 @@ def write(
         "gemm_gflops": round(gemm_gflops(), 1),
         "ratios": dict(ratios),
         "figures": dict(figures),
-        "command": shlex.join(["python", "-m", f"benchmarks.{name}", *words]),
+        "command": shlex.join(["python", "-m", f"benchmarks.{module or name}", *words]),
         "log": log if isinstance(log, str) else list(log),
     }
     folder.mkdir(parents=True, exist_ok=True)

@@ -74,12 +74,12 @@ def measure_scene(task: Task) -> tuple[pa.Table, pa.Table]:
     coefficients = -2.5 * np.log10(attenuation(survey, 1.0))
     ebv = np.asarray(catalog["ebv"], np.float64)
     magnitude = np.stack([np.asarray(catalog[f"mag_{band}"], np.float64) for band in survey.bands], axis=1)
+    gold = gold_rows(scene)
     clear = magnitude - ebv[:, None] * coefficients
     sources = pa.table(
         {"class": np.asarray(catalog["class"], np.int8), "redshift": np.asarray(catalog["redshift"], np.float32)}
         | {f"mag_{band}": clear[:, i].astype(np.float32) for i, band in enumerate(survey.bands)}
     )
-    gold = (magnitude[:, survey.gold_index] < GOLD_LIMIT) & (np.asarray(catalog["class"]) == 0)
     flux, sigma = catalogue_fluxes(scene, magnitude[gold], half_light_radius(catalog)[gold])
     dust = 10 ** (0.4 * ebv[gold, None] * coefficients)
     image = SkyImage(scene.image, survey.bands, scene.wcs, survey.pixel_scale, np.zeros(scene.image.shape[1:], bool))
@@ -88,7 +88,7 @@ def measure_scene(task: Task) -> tuple[pa.Table, pa.Table]:
     measured = raw.dereddened(ebv[gold], coefficients)
     table = pa.table(
         {
-            "scene": np.full(int(gold.sum()), task.index, np.int32),
+            "scene": np.full(len(gold), task.index, np.int32),
             "redshift": np.asarray(catalog["redshift"], np.float64)[gold],
             "mag": magnitude[gold, survey.gold_index],
             "catalogue_flux": rows(flux * dust),
@@ -98,6 +98,12 @@ def measure_scene(task: Task) -> tuple[pa.Table, pa.Table]:
         }
     )
     return sources, table
+
+
+def gold_rows(scene: Scene) -> NDArray[np.intp]:
+    """Rows of a scene's catalogue that are galaxies above the gold limit."""
+    magnitude = np.asarray(scene.catalog[f"mag_{scene.survey.bands[scene.survey.gold_index]}"], np.float64)
+    return np.flatnonzero((magnitude < GOLD_LIMIT) & (np.asarray(scene.catalog["class"]) == 0))
 
 
 def half_light_radius(catalog: Table) -> Floats:
@@ -134,18 +140,28 @@ def tables(
     sky: ReferenceSky, years: float, split: Split, scenes: int, work: Path, *, keep: bool, pool: Executor
 ) -> tuple[Path, Path]:
     """Files with the sources and the gold galaxies of a split, made unless they are there."""
-    frozen = hashlib.sha256(sky.model_dump_json().encode()).hexdigest()[:12]
-    stem = f"{sky.name}_{frozen}_{years:g}y_{split}_{scenes}"
+    stem = table_stem(sky, years, split, scenes)
     files = work / f"{stem}_sources.parquet", work / f"{stem}_gold.parquet"
     if all(file.is_file() for file in files):
         return files
     tasks = [Task(sky, split, index, years, work / "scenes" if keep else None) for index in range(scenes)]
     parts = list(counted(pool.map(measure_scene, tasks), scenes, f"{sky.name}, {years:g} years, {split}"))
     for file, column in zip(files, (0, 1), strict=True):
-        unfinished = file.with_suffix(".part")
-        pq.write_table(pa.concat_tables([part[column] for part in parts]), unfinished)
-        unfinished.replace(file)
+        keep_table(pa.concat_tables([part[column] for part in parts]), file)
     return files
+
+
+def table_stem(sky: ReferenceSky, years: float, split: Split, scenes: int) -> str:
+    """What the files of a split are called; another frozen sky has other files."""
+    frozen = hashlib.sha256(sky.model_dump_json().encode()).hexdigest()[:12]
+    return f"{sky.name}_{frozen}_{years:g}y_{split}_{scenes}"
+
+
+def keep_table(table: pa.Table, file: Path) -> None:
+    """Write a table, whole or not at all."""
+    unfinished = file.with_suffix(".part")
+    pq.write_table(table, unfinished)
+    unfinished.replace(file)
 
 
 def counted(results: Iterable[Any], total: int, what: str) -> Iterator[Any]:

@@ -22,8 +22,17 @@ def evaluate(
         list[str] | None, typer.Option("--format", help="Of the figures besides png: svg or pdf; may be repeated.")
     ] = None,
     page_objects: Annotated[int, typer.Option(min=0, help="Objects of the page, worst outliers first.")] = 10_000,
+    against: Annotated[
+        list[Path] | None, typer.Option(help="Another catalogue of the field, such as one member's; may be repeated.")
+    ] = None,
+    track: Annotated[
+        str | None, typer.Option(help="Log figures and page to this tracking store: a folder, an .db file, a URI.")
+    ] = None,
 ) -> None:
     """Compare a catalogue with truth: completeness, purity, redshift metrics with errors, figures, a page of objects.
+
+    With --against, catalogues stand side by side on the galaxies that all of them found; the last column is the mean and
+    scatter over those held against the first.
 
     Example: `deepdisc-ops evaluate catalog.parquet --truth mosaic.fits --out evaluation`
     """
@@ -37,4 +46,36 @@ def evaluate(
     for name, value in report.rows(result):
         table.add_row(name, value)
     console.print(table)
+    if against:
+        paths = [catalog, *against]
+        comparison = report.compare_files(paths, truth, out, gold_band=gold_band, gold_limit=gold_limit, seed=seed, formats=formats)
+        spread = [] if comparison.scatter is None else ["mean ± scatter of the others"]
+        beside = Table(
+            "figure", *(one.name for one in comparison.catalogs), *spread, title=f"{comparison.common} galaxies all found"
+        )
+        for row in report.comparison_rows(comparison):
+            beside.add_row(*row)
+        console.print(beside)
     console.print(f"index.html, metrics.json and figures in {out}")
+    if track is not None:
+        console.print(f"logged as run {_log(track, catalog, truth, out, report.tracked(result))} in {track}")
+
+
+def _log(store: str, catalog: Path, truth: Path, out: Path, figures: dict[str, float]) -> str:
+    """Write an evaluation to a tracking store; the same catalogue against the same truth is the same run. Gives its id."""
+    import hashlib
+
+    from deepdisc_ops import tracking
+
+    with catalog.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    tracker = tracking.Tracker(tracking.store_uri(store))
+    name = f"{catalog.stem} against {truth.stem}"
+    run = tracker.find_or_create(
+        name, ("deepdisc_ops.evaluation", f"{digest}/{truth.name}"), tags={tracking.KIND_TAG: "evaluation"}
+    )
+    tracker.log_params(run, {"catalog": catalog.name, "truth": truth.name})
+    tracker.log_summary(run, 0, figures)
+    tracker.log_artifact(run, out, "evaluation")
+    tracker.end(run)
+    return run

@@ -44,13 +44,38 @@ class Densities:
 
     def cde_loss(self, redshift: ArrayLike) -> float:
         """E[int f^2 dz] - 2 E[f(z_true)] (Izbicki & Lee 2017), up to the constant that depends on the truth alone."""
+        return float(np.mean(self.cde_losses(redshift)))
+
+    def cde_losses(self, redshift: ArrayLike) -> Floats:
+        """The CDE loss of each object (N,), whose mean is `cde_loss`."""
         squared = np.trapezoid(self.values**2, self.grid, axis=1)
-        return float(np.mean(squared) - 2 * np.mean(np.exp(self.log_density(redshift))))
+        return np.asarray(squared - 2 * np.exp(self.log_density(redshift)))
 
     def cdf(self) -> Floats:
         """(N, G) probability below each grid point."""
         steps = 0.5 * (self.values[:, 1:] + self.values[:, :-1]) * np.diff(self.grid)
         return np.concatenate([np.zeros((len(steps), 1)), np.cumsum(steps, axis=1)], axis=1)
+
+    def mode(self) -> Floats:
+        """(N,) the grid point where each density is highest."""
+        return np.asarray(self.grid[self.values.argmax(axis=1)])
+
+    def median(self) -> Floats:
+        """(N,) the redshift below which half of each density lies; its CDF is taken as linear between grid points."""
+        cdf = self.cdf()
+        half = 0.5 * cdf[:, -1:]
+        left = (cdf[:, 1:-1] <= half).sum(axis=1)
+        low, high = (np.take_along_axis(cdf, (left + side)[:, None], 1) for side in (0, 1))
+        share = ((half - low) / np.where(high > low, high - low, 1)).clip(0, 1)[:, 0]
+        return np.asarray(self.grid[left] + share * (self.grid[left + 1] - self.grid[left]))
+
+    @classmethod
+    def normalised(cls, grid: ArrayLike, values: ArrayLike) -> Densities:
+        """Densities proportional to ``values`` (N, G), flat where these are nowhere above zero."""
+        nodes, table = np.asarray(grid, np.float64), np.asarray(values, np.float64).clip(min=0)
+        total = np.trapezoid(table, nodes, axis=1)[:, None]
+        flat = 1 / (nodes[-1] - nodes[0])
+        return cls(nodes, np.where(total > 0, table / np.where(total > 0, total, 1), flat))
 
 
 def magnitude_features(magnitude: ArrayLike) -> Floats:

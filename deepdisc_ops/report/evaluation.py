@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from deepdisc_ops.errors import ConfigError, ImageError
 from deepdisc_ops.photoz import figures, metrics
 from deepdisc_ops.photoz.evaluation import Evaluation, catalog_mixture, evaluate
+from deepdisc_ops.report.comparison import Comparison, compare, write_comparison
 from deepdisc_ops.report.objects import object_columns
 from deepdisc_ops.report.page import PAGE_OBJECTS, write_page
 from deepdisc_ops.report.picture import draw_picture, thumbnail_sheets
@@ -47,7 +48,7 @@ def evaluate_files(
     if unknown or not formats:
         raise ConfigError(f"figures are asked as {sorted(formats)}; expected any of png, svg and pdf")
     catalog = read_catalog(catalog_path)
-    truth = read_catalog(truth_path, hdu="TRUTH" if truth_path.suffix == ".fits" else None)
+    truth = read_truth(truth_path)
     rng = np.random.default_rng(seed)
     result = evaluate(catalog, truth, gold_band=gold_band, gold_limit=gold_limit, rng=rng)
     out.mkdir(parents=True, exist_ok=True)
@@ -68,6 +69,47 @@ def evaluate_files(
         out / "index.html", title=title, result=result, summary=list(rows(result)), figures=pictures, objects=objects, sheets=sheets
     )
     return result
+
+
+def compare_files(
+    catalog_paths: Sequence[Path],
+    truth_path: Path,
+    out: Path,
+    *,
+    gold_band: str = "i",
+    gold_limit: float = 25.3,
+    seed: int = 0,
+    formats: tuple[str, ...] = ("png",),
+) -> Comparison:
+    """Hold catalogue files of one field against the first of them, all against one truth; writes comparison.json and a figure."""
+    truth = read_truth(truth_path)
+    catalogs = [read_catalog(path) for path in catalog_paths]
+    rng = np.random.default_rng(seed)
+    results = [evaluate(catalog, truth, gold_band=gold_band, gold_limit=gold_limit, rng=rng) for catalog in catalogs]
+    stems = [path.stem for path in catalog_paths]
+    names = [path.stem if stems.count(path.stem) == 1 else str(path) for path in catalog_paths]
+    comparison = compare(names, results, catalogs, truth, rng)
+    write_comparison(comparison, out, formats)
+    return comparison
+
+
+def read_truth(path: Path) -> Table:
+    """The truth table of a simulated mosaic, or a truth catalogue."""
+    return read_catalog(path, hdu="TRUTH" if path.suffix == ".fits" else None)
+
+
+def tracked(result: Evaluation) -> dict[str, float]:
+    """The figures of an evaluation by flat names, for a tracking store; what has no value is left out."""
+    found = {"completeness": result.completeness.value, "purity": result.purity.value}
+    for convention in (result.lsst, result.jades):
+        for name in ("bias", "sigma_iqr", "outlier_fraction"):
+            found[f"{convention.convention}_{name}"] = getattr(convention, name)
+    found |= {name: getattr(result.densities, name).value for name in ("cde_loss", "nll", "ks", "cvm", "ad")}
+    if result.blended is not None:
+        found["completeness_blended"] = result.blended.value
+    for name, point in result.points.items():
+        found[f"{name}_sigma_iqr"] = point.sigma_iqr
+    return {name: float(value) for name, value in found.items() if np.isfinite(value)}
 
 
 def rows(result: Evaluation) -> Iterator[tuple[str, str]]:

@@ -104,3 +104,26 @@ def test_faults_are_told(call, message):
     with pytest.raises(CatalogError) as error:
         call()
     assert message in str(error.value)
+
+
+def test_mode_and_median_of_known_densities(rng):
+    grid, centre = np.linspace(0, 3, 301), rng.uniform(0.5, 2.0, 40)
+    narrow = Densities.normalised(grid, np.exp(-0.5 * ((grid - centre[:, None]) / 0.1) ** 2))
+    np.testing.assert_allclose(np.trapezoid(narrow.values, grid, axis=1), 1, atol=1e-12)
+    np.testing.assert_allclose(narrow.mode(), centre, atol=0.0051)
+    np.testing.assert_allclose(narrow.median(), centre, atol=1e-3)
+    skewed = Densities.normalised(grid, (grid * np.exp(-grid / 0.2))[None])
+    assert pit(skewed.median(), grid, skewed.cdf()) == pytest.approx(0.5, abs=1e-12)
+
+
+def test_a_density_that_is_nowhere_is_flat():
+    flat = Densities.normalised(GRID, np.zeros((2, len(GRID))))
+    np.testing.assert_allclose(flat.values, 1 / 3.5)
+    np.testing.assert_allclose(flat.median(), 1.75)
+
+
+def test_losses_of_objects_average_to_the_loss(fitted):
+    features, z = synthetic_sample(100, 6)
+    densities = fitted.densities(features, GRID)
+    assert densities.cde_losses(z).shape == (100,)
+    assert densities.cde_losses(z).mean() == pytest.approx(densities.cde_loss(z))

@@ -222,3 +222,15 @@ def test_recovery_tells_the_number_of_outliers(spaced: Path) -> None:
 def test_figures_are_written_as_their_name_ends(suffix: str, start: bytes, spaced: Path) -> None:
     figures.write_figure(figures.pit_figure([0.1, 0.5]), spaced / f"figure.{suffix}")
     assert (spaced / f"figure.{suffix}").read_bytes().startswith(start)
+
+
+def test_variants_stand_below_each_other(spaced: Path) -> None:
+    values = {"all bands": {"bias": (0.001, 0.0005), "nll": (-0.9, 0.01)}, "no u": {"bias": (-0.004, 0.0006)}}
+    figure = figures.compared_values(values, {"bias": "the bias", "nll": "NLL"})
+    assert png(figure, spaced).std() > 5
+    assert {"all bands", "no u", "the bias", "NLL"} <= {artist.get_text() for artist in figure.findobj(Text)}
+    first, second = figure.axes
+    assert first.get_ylim() == (1.5, -0.5)
+    assert (len(first.containers), len(second.containers)) == (2, 1)
+    with pytest.raises(InputError, match="nothing to compare"):
+        figures.compared_values({}, {"bias": "bias"})

@@ -4,10 +4,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.special import ndtr
 from scipy.stats import gaussian_kde, kstest, norm
 
 from deepdisc_ops.errors import CatalogError
 from deepdisc_ops.photoz import metrics
+from deepdisc_ops.photoz.metrics.densities import _drawn_distances
+from deepdisc_ops.photoz.metrics.points import _of_sorted
 
 # Worked by hand: (z_phot - z_true) / (1 + z_true) is -0.02, 0, 0.01, 0.04 and 0.5.
 Z_TRUE = np.array([0.0, 1.0, 1.0, 0.5, 1.0])
@@ -167,9 +170,20 @@ def test_fast_and_plain_bootstrap_agree(rng: np.random.Generator) -> None:
     e = metrics.residual(z_phot, z_true, "lsst")
     for value, statistic in ((found.bias_error, metrics.bias), (found.sigma_iqr_error, metrics.sigma_iqr)):
         assert value == pytest.approx(float(metrics.bootstrap_error(statistic, e, rng, samples=1500)), rel=0.1)
-    for index in metrics.sorted_resamples(400, rng, 3):
-        assert len(index) == 400
-        assert (np.diff(index) >= 0).all()
+    for counts in metrics.resample_counts(400, rng, 3):
+        assert len(counts) == counts.sum() == 400
+
+
+def test_statistics_of_counts_are_those_of_the_drawn_sample(rng: np.random.Generator) -> None:
+    values, counts = np.sort(rng.normal(0, 0.05, 301)), next(metrics.resample_counts(301, rng, 1))
+    drawn = np.repeat(values, counts)
+    found = _of_sorted(values, np.cumsum(counts), "lsst")
+    expected = [statistic(drawn) for statistic in (metrics.bias, metrics.sigma_iqr)] + [metrics.outlier_fraction(drawn, "lsst")]
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+    u = ndtr(20 * values)
+    distances = _drawn_distances(u, np.log(u), np.log1p(-u), counts)
+    again = np.repeat(u, counts)
+    np.testing.assert_allclose(distances, [metrics.pit_ks(again), metrics.pit_cvm(again), metrics.pit_ad(again)], rtol=1e-9)
 
 
 def test_all_outliers_are_counted(rng: np.random.Generator) -> None:

@@ -11,7 +11,7 @@ from deepdisc_ops.photoz.figures.redshifts import binned_statistics, recovery_fi
 from deepdisc_ops.photoz.figures.samples import completeness_by_magnitude, redshift_distribution
 from deepdisc_ops.photoz.figures.sky import lupton_colours, lupton_picture, rgb_with_boxes
 from deepdisc_ops.photoz.figures.style import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY_BLUE, VERMILION, YELLOW, write_figure
-from deepdisc_ops.photoz.figures.training import ScalingSeries, compared_curves, loss_curves, scaling_curves
+from deepdisc_ops.photoz.figures.training import ScalingSeries, compared_curves, compared_values, loss_curves, scaling_curves
 
 __all__ = [
     "BLACK",
@@ -26,6 +26,7 @@ __all__ = [
     "ScalingSeries",
     "binned_statistics",
     "compared_curves",
+    "compared_values",
     "completeness_by_magnitude",
     "coverage_figure",
     "example_densities",

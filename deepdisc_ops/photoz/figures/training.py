@@ -199,3 +199,25 @@ def _series(history: Iterable[Mapping[str, float]], name: str) -> tuple[Floats, 
 def _marker(step: Floats) -> str:
     """Points are marked where there are few: a single one would not be seen as a line."""
     return "o" if step.size <= 30 else ""
+
+
+def compared_values(values: Mapping[str, Mapping[str, tuple[float, float]]], metrics: Mapping[str, str]) -> Figure:
+    """Figures of several variants side by side, a panel for each of ``metrics`` (key: title); (value, error) by variant and key.
+
+    Variants stand below each other, the first of them on top and as a line through all; what a variant lacks is left out.
+    """
+    if not values or not metrics:
+        raise InputError("there is nothing to compare; give at least one variant and one metric")
+    figure, panels = new_figure(3.1 * len(metrics) + 1.2, 0.42 * len(values) + 1.3, len(metrics))
+    rows = np.arange(len(values))
+    for axes, (key, title) in zip(panels, metrics.items(), strict=True):
+        for row, variant in zip(rows, values.values(), strict=True):
+            if key in variant:
+                value, error = variant[key]
+                axes.errorbar(value, row, xerr=error, fmt="o", color=BLUE, ms=5, capsize=3, lw=1.4)
+        first = next(iter(values.values())).get(key)
+        if first is not None:
+            axes.axvline(first[0], color=GREY, lw=0.8, ls=":")
+        axes.set(title=title, ylim=(len(values) - 0.5, -0.5), yticks=rows, yticklabels=list(values) if axes is panels[0] else [])
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+    return figure

@@ -36,7 +36,7 @@ from deepdisc_ops.photoz.metrics.points import (
     secondary_peak_recovery,
     sigma_iqr,
 )
-from deepdisc_ops.photoz.metrics.resampling import Estimate, bootstrap_error, mean_with_error, sorted_resamples
+from deepdisc_ops.photoz.metrics.resampling import Estimate, bootstrap_error, mean_with_error, resample_counts
 from deepdisc_ops.photoz.metrics.shares import ClassShares, Share, blends_recognised, class_shares, completeness, purity, share
 
 __all__ = [
@@ -77,9 +77,9 @@ __all__ = [
     "pit_ks",
     "point_metrics",
     "purity",
+    "resample_counts",
     "residual",
     "secondary_peak_recovery",
     "share",
     "sigma_iqr",
-    "sorted_resamples",
 ]

@@ -26,9 +26,10 @@ from scipy.special import erf, log_ndtr, ndtr, ndtri
 
 from deepdisc_ops.errors import CatalogError
 from deepdisc_ops.photoz.metrics.points import redshifts
-from deepdisc_ops.photoz.metrics.resampling import Estimate, mean_with_error, sorted_resamples
+from deepdisc_ops.photoz.metrics.resampling import Estimate, mean_with_error, resample_counts
 
 Floats = NDArray[np.float64]
+Indices = NDArray[np.int64]
 Form = Literal["table", "equations"]
 CVM_AD_FORMS: tuple[Form, ...] = ("table", "equations")
 
@@ -71,8 +72,9 @@ def density_metrics_of(
     """The figures of any densities, from PIT, negative log likelihood and CDE loss of each object (N,)."""
     u = _ordered(pits)
     logs = np.log(u.clip(LEAST_PIT)), np.log1p(-u.clip(max=1 - LEAST_PIT))
-    drawn = [_distances(u[index], logs[0][index], logs[1][index]) for index in sorted_resamples(u.size, rng, samples)]
-    ks, cvm, ad = (Estimate(*pair) for pair in zip(_distances(u, *logs), np.std(drawn, axis=0).tolist(), strict=True))
+    drawn = [_drawn_distances(u, *logs, counts) for counts in resample_counts(u.size, rng, samples)]
+    found = _ks(u), _cvm(u), _ad(*logs)
+    ks, cvm, ad = (Estimate(*pair) for pair in zip(found, np.std(drawn, axis=0).tolist(), strict=True))
     beyond = float(np.mean((u < 1e-4) | (u > 1 - 1e-4)))
     return DensityMetrics(u.size, mean_with_error(cde), mean_with_error(nll), ks, cvm, ad, beyond)
 
@@ -156,9 +158,20 @@ def coverage(levels: ArrayLike, credibility: ArrayLike) -> Floats:
     return np.asarray(np.searchsorted(ordered, np.asarray(credibility, np.float64), side="right") / ordered.size)
 
 
-def _distances(u: Floats, log_u: Floats, log_rest: Floats) -> tuple[float, float, float]:
-    """KS, CvM and AD of ascending PIT values (N,) and their logarithms."""
-    return _ks(u), _cvm(u), _ad(log_u, log_rest)
+def _drawn_distances(u: Floats, log_u: Floats, log_rest: Floats, counts: Indices) -> tuple[float, float, float]:
+    """KS, CvM and AD of a sample in which each of ascending PIT values (N,) is there as often as counts (N,) say.
+
+    The ranks k of one value run from n + 1 to m, so that the 2 k - 1 that CvM and AD weigh it by add up to m^2 - n^2.
+    """
+    size = u.size
+    upto = np.cumsum(counts).astype(np.float64)
+    before = upto - counts
+    ranks = upto**2 - before**2
+    ks = max((upto / size - u).max(), (u - before / size).max())
+    middle = (size - 1 / (4 * size)) / 3  # sum of ((k - 1/2) / N)^2
+    cvm = 1 / (12 * size) + counts @ u**2 - ranks @ u / size + middle
+    ad = -size - (ranks @ log_u + (2 * size * counts - ranks) @ log_rest) / size
+    return float(ks), float(cvm), float(ad)
 
 
 def _ks(u: Floats) -> float:

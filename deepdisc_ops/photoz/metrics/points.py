@@ -26,10 +26,11 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from deepdisc_ops.errors import CatalogError
-from deepdisc_ops.photoz.metrics.resampling import sorted_resamples
+from deepdisc_ops.photoz.metrics.resampling import resample_counts
 from deepdisc_ops.photoz.metrics.shares import Share, share
 
 Floats = NDArray[np.float64]
+Indices = NDArray[np.int64]
 Convention = Literal["lsst", "jades"]
 CONVENTIONS: tuple[Convention, ...] = ("lsst", "jades")
 
@@ -119,8 +120,8 @@ def point_metrics(
 ) -> PointMetrics:
     """Bias, scatter and outlier fraction of redshifts (N,), with errors from ``samples`` bootstrap samples."""
     e = np.sort(residual(z_phot, z_true, convention))
-    drawn = [_of_sorted(e[index], convention) for index in sorted_resamples(e.size, rng, samples)]
-    values, errors = _of_sorted(e, convention).tolist(), np.std(drawn, axis=0).tolist()
+    drawn = [_of_sorted(e, np.cumsum(counts), convention) for counts in resample_counts(e.size, rng, samples)]
+    values, errors = _of_sorted(e, np.arange(1, e.size + 1), convention).tolist(), np.std(drawn, axis=0).tolist()
     return PointMetrics(
         convention, e.size, values[0], errors[0], values[1], errors[1], values[2], errors[2], float(outlier_limit(e, convention))
     )
@@ -180,18 +181,21 @@ def redshifts(values: ArrayLike, kind: str) -> Floats:
     return z
 
 
-def _of_sorted(e: Floats, convention: Convention) -> Floats:
-    """Bias, scatter and outlier fraction of ascending residuals (N,), without sorting them again."""
-    low, middle, high = _quantiles_of_sorted(e, (0.25, 0.5, 0.75))
+def _of_sorted(e: Floats, cumulative: Indices, convention: Convention) -> Floats:
+    """Bias, scatter and outlier fraction of ascending residuals (N,) that are drawn so often up to each (N,)."""
+    low, middle, high = _quantiles_of_sorted(e, cumulative, (0.25, 0.5, 0.75))
     scatter = (high - low) / IQR_OF_UNIT_NORMAL
     limit = max(LSST_OUTLIER_SIGMAS * scatter, LSST_OUTLIER_FLOOR) if convention == "lsst" else JADES_OUTLIER
-    outside = np.searchsorted(e, -limit, side="left") + e.size - np.searchsorted(e, limit, side="right")
-    return np.array([middle, scatter, outside / e.size])
+    drawn = np.concatenate([[0], cumulative])
+    inside = drawn[np.searchsorted(e, limit, side="right")] - drawn[np.searchsorted(e, -limit, side="left")]
+    return np.array([middle, scatter, (drawn[-1] - inside) / drawn[-1]])
 
 
-def _quantiles_of_sorted(values: Floats, levels: Sequence[float]) -> Floats:
-    """As numpy's, linear between ascending values (N,)."""
-    place = np.asarray(levels) * (values.size - 1)
+def _quantiles_of_sorted(values: Floats, cumulative: Indices, levels: Sequence[float]) -> Floats:
+    """As numpy's, linear between ascending values (N,), each there as often as the cumulative counts (N,) say."""
+    last = int(cumulative[-1]) - 1
+    place = np.asarray(levels) * last
     left = np.floor(place).astype(np.int64)
     step = place - left
-    return np.asarray((1 - step) * values[left] + step * values[np.minimum(left + 1, values.size - 1)])
+    at, after = (values[np.searchsorted(cumulative, rank, side="right")] for rank in (left, np.minimum(left + 1, last)))
+    return np.asarray((1 - step) * at + step * after)

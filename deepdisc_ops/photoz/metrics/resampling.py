@@ -37,16 +37,15 @@ def bootstrap_error(statistic: Callable[[Floats], Floats], values: Floats, rng: 
     return np.asarray(np.std(np.concatenate(drawn), axis=0))
 
 
-def sorted_resamples(size: int, rng: np.random.Generator, samples: int) -> Iterator[Indices]:
-    """Bootstrap samples of ``size`` objects as ascending indices (N,), so that those of sorted values are sorted.
+def resample_counts(size: int, rng: np.random.Generator, samples: int) -> Iterator[Indices]:
+    """Bootstrap samples of ``size`` objects, each as the number of times (N,) that every object was drawn.
 
-    Drawing and counting is many times faster than sorting each sample.
+    Statistics of sorted values take them as they are; drawing and counting is many times faster than sorting each sample.
     """
     if not size:
         raise CatalogError("no objects to resample; expected at least one")
-    each = np.arange(size)
     for _ in range(samples):
-        yield np.repeat(each, np.bincount(rng.integers(size, size=size), minlength=size))
+        yield np.bincount(rng.integers(size, size=size), minlength=size)
 
 
 def mean_with_error(values: ArrayLike) -> Estimate:
