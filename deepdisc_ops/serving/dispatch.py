@@ -6,6 +6,7 @@ A failed request goes to another endpoint, or waits for one with growing pauses.
 from __future__ import annotations
 
 import logging
+import math
 import random
 import threading
 import time
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 
 from deepdisc_ops.errors import ServerError, ServerUnreachable
 from deepdisc_ops.serving.endpoint import Endpoint
-from deepdisc_ops.serving.failures import Passing
+from deepdisc_ops.serving.failures import Kind, Passing
 from deepdisc_ops.serving.outgoing import Outgoing
 from deepdisc_ops.serving.wire import REQUEST_HEADER
 
@@ -25,6 +26,8 @@ LOSSES = 3
 DENIED_S = 5.0
 """A token that was just renewed is in the discovery file by then."""
 LONGEST_REST_S = 8.0
+LONGEST_BUSY_S = 1.0
+"""A queue that others have filled has room again when a window is done."""
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +40,8 @@ class Lost(ServerError):
 class _Line:
     """An endpoint and what this process has to do with it.
 
-    failures: in a row; rest_until: nothing is sent before, by the monotonic clock; refused: nothing listened there last time.
+    failures: in a row; rest_until: nothing is sent before, by the monotonic clock; refused: nothing listened there last time;
+    limit: windows under way at once that its queue has taken lately, as others may fill it too.
     """
 
     endpoint: Endpoint
@@ -47,6 +51,7 @@ class _Line:
     rest_until: float = 0.0
     met: bool = False
     refused: bool = False
+    limit: float = math.inf
 
     @property
     def workers(self) -> int:
@@ -57,6 +62,29 @@ class _Line:
     def room(self) -> int:
         """Windows that may be under way at once: one that is computed and one that waits, a worker."""
         return self.most or 2 * self.workers
+
+    @property
+    def has_room(self) -> bool:
+        """Whether one more may be sent now."""
+        return self.in_flight < min(self.room, self.limit)
+
+    def answered(self) -> None:
+        """It is well; its queue may take one more in a round of its windows."""
+        self.failures, self.met, self.refused = 0, True, False
+        self.limit += 1 / max(self.limit, 1)
+
+    def failed(self, kind: Kind, now: float) -> None:
+        """Send fewer at once where its queue was full, which ends as soon as one of ours is answered; else pause."""
+        self.failures += 1
+        self.refused = kind == "refused"
+        self.met = self.met or not self.refused
+        if kind == "busy":
+            self.limit = max(1, self.in_flight)
+            if self.in_flight:
+                return
+        longest = LONGEST_BUSY_S if kind == "busy" else LONGEST_REST_S
+        rest = min(longest, 0.1 * 2 ** min(self.failures, 8))
+        self.rest_until = max(self.rest_until, now + rest * random.uniform(0.5, 1.0))
 
 
 class Dispatcher:
@@ -112,7 +140,7 @@ class Dispatcher:
                 now = time.monotonic()
                 well = [line for line in self._lines if line not in failed_at and not line.failures] if failed_at else []
                 awake = [line for line in well or self._lines if line.rest_until <= now]
-                free = [line for line in awake if line.in_flight < line.room]
+                free = [line for line in awake if line.has_room]
                 if free:
                     line = min(free, key=lambda line: line.in_flight / line.workers)
                     line.in_flight += 1
@@ -125,14 +153,11 @@ class Dispatcher:
             now = time.monotonic()
             line.in_flight -= 1
             if failure is None:
-                line.failures, line.met, line.refused, self._answered = 0, True, False, now
+                self._answered = now
+                line.answered()
             else:
                 self.trouble[str(failure)] += 1
-                line.failures += 1
-                line.refused = failure.kind == "refused"
-                line.met = line.met or not line.refused
-                rest = min(LONGEST_REST_S, 0.1 * 2 ** min(line.failures, 8))
-                line.rest_until = max(line.rest_until, now + rest * random.uniform(0.5, 1.0))
+                line.failed(failure.kind, now)
             self._free.notify_all()
 
     def _judge(self, failure: Passing, line: _Line, began: float, losses: int, size: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -68,6 +69,34 @@ def test_workers_that_a_discovery_file_tells_of_get_two_windows_each(spaced: Pat
         assert fleet.bands == ("g", "r")
         assert ask(fleet) == 24
     assert [end.most_at_once for end in pair] == [4, 2]
+
+
+def test_a_full_queue_is_met_by_sending_less_not_by_waiting() -> None:
+    """An endpoint that takes three windows at once, 50 ms each, is kept at work, and few are sent in vain."""
+    slots, taken = threading.Semaphore(3), list[float]()
+
+    def queue(_: object) -> object:
+        if not slots.acquire(blocking=False):
+            return answer(503, b'{"code": 503, "message": "no room"}')
+
+        def write(handler: BaseHTTPRequestHandler) -> None:
+            time.sleep(0.05)
+            taken.append(time.monotonic())
+            slots.release()
+            answer(200, EMPTY)(handler)
+
+        return write
+
+    end = ScriptedEndpoint(queue)
+    try:
+        with Fleet.open([end.url], token="secret", most=12) as fleet:
+            assert ask(fleet, 60) == 60
+            refused = sum(fleet.trouble.values())
+    finally:
+        end.stop()
+    assert len(taken) == 60
+    assert refused < 60
+    assert np.diff(taken).max() < 3  # pauses of a line that failed grow to 8 s
 
 
 def test_a_dead_endpoint_costs_no_window(pair: tuple[ScriptedEndpoint, ScriptedEndpoint]) -> None:
