@@ -2,9 +2,9 @@
 
 A committed ensemble and simulated LSST mosaics. One of 2048 pixels in process with one thread, and through one worker of one
 thread, in turn, the order changing from round to round: megapixels per second with windows of 1024 and of 512 pixels, and the
-median over the rounds of one over the other. One of 4096 pixels: whether the catalogues are the same, row for row, with one worker, with
-two, and with two servers; a difference ends the program with exit code 1. Windows by reference against windows in the body; latency
-at 1, 4 and 16 requests at once; from the start of a server to its first catalogue.
+median over the rounds of one over the other. One of 4096 pixels: whether the catalogues are the same, row for row, with one
+worker, with two, and with two servers; a difference ends the program with exit code 1. Windows by reference against windows in
+the body; latency at 1, 4 and 16 requests at once; from the start of a server to its first catalogue.
 """
 
 from __future__ import annotations
