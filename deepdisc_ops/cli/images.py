@@ -247,7 +247,7 @@ def images_labels(
 def images_sbom(
     image: Image,
     out: Annotated[Path, typer.Option(help="CycloneDX file to write.")] = Path("sbom.json"),
-    audit: Annotated[bool, typer.Option("--audit", help="Also tell known vulnerabilities, where the index does.")] = False,
+    vulnerabilities: Annotated[bool, typer.Option("--audit", help="Also tell what is known against them.")] = False,
     program: Program = None,
 ) -> None:
     """Write an image's bill of materials; exit code 1 if --audit knows something against it.
@@ -258,14 +258,16 @@ def images_sbom(
 
     runtime = the_runtime(program)
     console.print(f"{out}: {sbom.bill(runtime, image, out)} components")
-    if not audit:
+    if not vulnerabilities:
         return
-    known = sbom.audit(runtime, image)
+    audit = sbom.audit(runtime, image)
     table = Table("package", "version", "known as", "mended in")
-    for row in known:
+    for row in audit.known:
         table.add_row(row["package"], row["version"], row["id"], row["fixed"] or "-")
-    console.print(table if known else "nothing is known against its packages")
-    raise typer.Exit(1 if known else 0)
+    console.print(table if audit.known else "nothing is known against the packages that were looked up")
+    if audit.untold:
+        console.print(f"the index tells nothing of {len(audit.untold)}: {', '.join(audit.untold)}", soft_wrap=True)
+    raise typer.Exit(1 if audit.known else 0)
 
 
 def the_runtime(program: Path | None) -> Runtime:

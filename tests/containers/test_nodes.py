@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,9 +63,9 @@ def program(path: Path, text: str) -> str:
 
 def test_a_sweep_runs_on_two_containers(runtime: Runtime, machines: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "spec.yaml").write_text(yaml.safe_dump(SPEC))
-    enter = program(tmp_path / "enter", ENTER.format(program=runtime.program))
+    enter = program(tmp_path / "enter", ENTER.format(program=shlex.quote(str(runtime.program))))
     (tmp_path / "bin").mkdir()
-    program(tmp_path / "bin" / "deepdisc-ops", VERB.format(program=TESTS / "hpc" / "short_trials.py"))
+    program(tmp_path / "bin" / "deepdisc-ops", VERB.format(program=shlex.quote(str(TESTS / "hpc" / "short_trials.py"))))
     settings = {
         "kind": "nodes",
         "nodes": 2,

@@ -9,7 +9,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from deepdisc_ops.errors import SetupError
 from deepdisc_ops.hpc.containers.render import PREFIX
@@ -19,6 +19,13 @@ from deepdisc_ops.hpc.containers.runtime import Runtime
 INSTALLED = f"{PREFIX}/requirements.txt"
 """The wheelhouse's requirements, kept in the image."""
 DPKG = "${Package} ${Version} ${Architecture}\\n"
+
+
+class Audit(NamedTuple):
+    """What is known against packages: rows of package, version, id and fixed; and the packages that the index knows nothing of."""
+
+    known: list[dict[str, str]]
+    untold: list[str]
 
 
 def bill(runtime: Runtime, image: Path, out: Path) -> int:
@@ -44,10 +51,10 @@ def debian_component(line: str) -> dict[str, str]:
     return {"type": "library", "bom-ref": purl, "name": name, "version": version, "purl": purl}
 
 
-def audit(runtime: Runtime, image: Path) -> list[dict[str, str]]:
-    """Known vulnerabilities of an image's Python packages: package, version, id, the version that mends it.
+def audit(runtime: Runtime, image: Path) -> Audit:
+    """Known vulnerabilities of an image's Python packages, our own left out.
 
-    Raises `SetupError` where the index does not tell.
+    Raises `SetupError` where the index tells nothing of any.
     """
     with tempfile.TemporaryDirectory() as scratch:
         listed = Path(scratch, "requirements.txt")
@@ -56,15 +63,25 @@ def audit(runtime: Runtime, image: Path) -> list[dict[str, str]]:
         )
         words = ["--requirement", str(listed), "--require-hashes", "--disable-pip", "--format", "json", "--progress-spinner", "off"]
         answer = _tool("pip_audit", "pip-audit", words, accepted=(0, 1))
+    return read_audit(answer.stdout, answer.stderr)
+
+
+def read_audit(report: str, said: str = "") -> Audit:
+    """The `Audit` in a JSON report of pip-audit, which ``said`` something beside it."""
     try:
-        packages = json.loads(answer.stdout)["dependencies"]
+        packages = json.loads(report)["dependencies"]
     except (ValueError, KeyError):
-        raise SetupError(f"the index tells no vulnerabilities: {_last(answer.stderr)}; audit where its API is reached") from None
-    return [
+        raise SetupError(f"the index tells no vulnerabilities: {_last(said)}; audit where its API is reached") from None
+    untold = [one["name"] for one in packages if "skip_reason" in one]
+    if packages and len(untold) == len(packages):
+        why = packages[0]["skip_reason"]
+        raise SetupError(f"the index tells nothing of {len(untold)} packages ({why}); audit where its API is reached")
+    known = [
         {"package": one["name"], "version": one["version"], "id": fault["id"], "fixed": ", ".join(fault["fix_versions"])}
         for one in packages
         for fault in one.get("vulns", [])
     ]
+    return Audit(known, untold)
 
 
 def _inside(runtime: Runtime, image: Path, words: Sequence[str]) -> str:

@@ -11,7 +11,7 @@ import pytest
 
 from deepdisc_ops.errors import ConfigError, SetupError
 from deepdisc_ops.hpc.containers.resolve import Reference, base_image, debian_mirror, parse_reference
-from deepdisc_ops.hpc.containers.sbom import debian_component
+from deepdisc_ops.hpc.containers.sbom import Audit, debian_component, read_audit
 
 DIGEST = f"sha256:{'ab' * 32}"
 
@@ -92,3 +92,16 @@ def test_the_mirror_is_that_of_apt() -> None:
 
 def test_debians_packages_are_components() -> None:
     assert debian_component("libc6 2.36-9+deb12u1 amd64")["purl"] == "pkg:deb/debian/libc6@2.36-9+deb12u1?arch=amd64"
+
+
+def test_what_an_index_does_not_tell_is_no_clean_bill() -> None:
+    well = {"name": "numpy", "version": "2", "vulns": []}
+    bad = {"name": "urllib3", "version": "1.24", "vulns": [{"id": "CVE-1", "fix_versions": ["1.25", "2"]}]}
+    untold = {"name": "ours", "skip_reason": "not found"}
+    report = json.dumps({"dependencies": [well, bad, untold]})
+    found = Audit([{"package": "urllib3", "version": "1.24", "id": "CVE-1", "fixed": "1.25, 2"}], ["ours"])
+    assert read_audit(report) == found
+    with pytest.raises(SetupError, match=r"tells nothing of 1 packages \(not found\); audit where"):
+        read_audit(json.dumps({"dependencies": [untold]}))
+    with pytest.raises(SetupError, match="tells no vulnerabilities: no route; audit where"):
+        read_audit("", "Traceback\nno route\n")
