@@ -72,7 +72,7 @@ def test_the_examples_run_in_the_order_of_a_story(tmp_path: Path, monkeypatch: p
         if name == "read_catalog":
             from deepdisc_ops.sky.catalog import write_catalog
 
-            write_catalog(names["catalog"], tmp_path / "catalog.parquet")  # type: ignore[arg-type]
+            write_catalog(names["catalog"], tmp_path / "catalog.parquet")  # type: ignore[arg-type]  # a namespace of examples
         run_example(name, names)
 
 

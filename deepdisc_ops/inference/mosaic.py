@@ -114,14 +114,21 @@ class ReadAhead:
                 image = self._reader.submit(self._mosaic.read, window)
                 pending.append((image, self._pool.submit(self._one, window, image)))
                 if len(pending) > self._workers:
-                    yield pending.popleft()[1].result()
+                    yield self._next(pending)
             while pending:
-                yield pending.popleft()[1].result()
+                yield self._next(pending)
         finally:
             for image, found in pending:
                 image.cancel()
                 found.cancel()
             wait([found for _, found in pending if not found.cancelled()])
+
+    @staticmethod
+    def _next(pending: deque[tuple[Future[SkyImage], Future[Found]]]) -> Found:
+        """The first answer; it stays pending when waiting for it is interrupted."""
+        found = pending[0][1].result()
+        pending.popleft()
+        return found
 
     def _one(self, window: Window, image: Future[SkyImage]) -> Found:
         return self._answer(window, image.result())

@@ -60,7 +60,7 @@ class DeepdiscEstimator(DeepdiscStage, CatEstimator):
         "calculated_point_estimates": SharedParams.copy_param("calculated_point_estimates"),
     }
     inputs = [("model", EnsembleHandle), ("input", ImagesHandle)]  # noqa: RUF012  # as ceci has them
-    outputs = [("output", QPHandle), ("catalog", CatalogHandle)]  # noqa: RUF012
+    outputs = [("output", QPHandle), ("catalog", CatalogHandle)]  # noqa: RUF012  # as ceci has them
 
     @classmethod
     def default_distribution_type(cls) -> DistributionType:

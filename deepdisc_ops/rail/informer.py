@@ -36,7 +36,7 @@ class DeepdiscInformer(DeepdiscStage, CatInformer):
         "runs": StageParameter(str, "", msg="Folder of the trainings, which go on from there; beside the model if not given"),
     }
     inputs = [("input", ImagesHandle)]  # noqa: RUF012  # as ceci has them
-    outputs = [("model", EnsembleHandle)]  # noqa: RUF012
+    outputs = [("model", EnsembleHandle)]  # noqa: RUF012  # as ceci has them
 
     def inform(self, training_data: Dataset, **kwargs: Any) -> ModelHandle:
         """The handle of the model that is trained on ``training_data``."""

@@ -55,7 +55,7 @@ class DeepdiscMatcher(DeepdiscStage):
         "nzbins": SharedParams.copy_param("nzbins"),
     }
     inputs = [("input", QPHandle), ("images", ImagesHandle)]  # noqa: RUF012  # as ceci has them
-    outputs = [("output", QPHandle), ("photometry", Hdf5Handle)]  # noqa: RUF012
+    outputs = [("output", QPHandle), ("photometry", Hdf5Handle)]  # noqa: RUF012  # as ceci has them
 
     def match(self, estimate: qp.Ensemble, images: Images, **_: Any) -> dict[str, Any]:
         """The handles of densities (``output``) and ``photometry``."""

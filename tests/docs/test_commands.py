@@ -123,7 +123,7 @@ def test_what_a_page_shows_runs(page: Path, files: Path, tmp_path: Path, monkeyp
                 continue
             if block.language == "python":
                 with warnings.catch_warnings(action="ignore"):
-                    exec(compile(block.text, f"{page}:{block.line}", "exec"), names)  # noqa: S102
+                    exec(compile(block.text, f"{page}:{block.line}", "exec"), names)  # noqa: S102  # what the page shows
             for command in block.commands():
                 words = pages.words(command)
                 if words[:2] == ["serve", "start"]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Generator, Iterable, Iterator
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -166,6 +167,24 @@ def test_windows_that_are_begun_end_before_a_closed_looker_lets_go() -> None:
     next(answers)
     answers.close()
     assert len(begun) == len(ended) < 9
+
+
+def test_a_window_that_failed_lets_those_beside_it_end() -> None:
+    mosaic, begun, ended, numbers = sky(), list[int](), list[int](), count()
+
+    def failing(image: SkyImage, ebv: EbvPlane) -> Detections:
+        begun.append(number := next(numbers))
+        if number == 0:
+            raise CatalogError("the first fails")
+        time.sleep(0.2)
+        ended.append(0)
+        return local(image, ebv)
+
+    looker = LocalLooker(mosaic, failing, ebv_source("0.03"), workers=2)
+    with pytest.raises(CatalogError, match="the first fails"):
+        list(looker.look([Window(0, 0, 160, 160)] * 9))
+    assert len(begun) == len(ended) + 1 < 9
+    assert len(list(looker.look([Window(0, 0, 160, 160)]))) == 1
 
 
 def test_a_damaged_page_is_looked_at_again(spaced: Path, whole: Table) -> None:

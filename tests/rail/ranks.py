@@ -14,13 +14,13 @@ class Communicator:
     def __init__(self, rank: int, told: list[Any], barrier: threading.Barrier) -> None:
         self._rank, self._told, self._barrier = rank, told, barrier
 
-    def Get_rank(self) -> int:  # noqa: N802
+    def Get_rank(self) -> int:  # noqa: N802  # MPI's name
         return self._rank
 
-    def Get_size(self) -> int:  # noqa: N802
+    def Get_size(self) -> int:  # noqa: N802  # MPI's name
         return len(self._told)
 
-    def Barrier(self) -> None:  # noqa: N802
+    def Barrier(self) -> None:  # noqa: N802  # MPI's name
         self._barrier.wait(60)
 
     def allgather(self, value: Any) -> list[Any]:

@@ -61,7 +61,7 @@ def test_a_data_set_gives_what_the_ensemble_finds_image_by_image(tiny_ensemble: 
         np.testing.assert_array_equal(np.stack([catalog[name][here] for name in ("x0", "y0", "x1", "y1")], 1), found.boxes)
         for name, column in (("weights", found.weights), ("means", found.means), ("stds", found.sigmas)):
             np.testing.assert_allclose(densities.objdata[name][here], column, rtol=1e-6)
-        ra, dec = image.wcs.pixel_to_world_values(*found.centres.T)  # type: ignore[union-attr]
+        ra, dec = image.wcs.pixel_to_world_values(*found.centres.T)  # type: ignore[union-attr]  # scenes have a WCS
         np.testing.assert_allclose(densities.ancil["ra"][here], ra, atol=1e-8)
         np.testing.assert_allclose(densities.ancil["dec"][here], dec, atol=1e-8)
     for name in ("class", "flags", "score", "z_mode", "flux_i", "image"):
