@@ -284,7 +284,7 @@ def test_nothing_half_written_is_left(checkpoints: list[Path], mar: Path, spaced
     del description["metrics"]["val_nll"]
     (broken / "member.yaml").write_text(yaml.safe_dump(description))
     with pytest.raises(Exception, match="val_nll"):
-        archive.build_archive([broken], old)
+        archive.build_archive([broken, checkpoints[1]], old)
     assert old.read_bytes() == mar.read_bytes()
     assert sorted(path.name for path in spaced.iterdir()) == ["broken", "two.mar"]
 
