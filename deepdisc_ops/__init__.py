@@ -5,7 +5,13 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+try:  # written from git's tags where the package is built or installed
+    from deepdisc_ops._version import version as _version
+except ModuleNotFoundError:  # a folder of sources on the path of an installed one
+    from importlib.metadata import version as _version_of
+
+    _version = _version_of("deepdisc-ops")
+__version__ = _version
 
 if TYPE_CHECKING:
     from deepdisc_ops.api import (
