@@ -99,6 +99,11 @@ def test_an_endpoint_that_does_not_run(spaced: Path) -> None:
     assert told("serve", "status", "--run-dir", spaced / "server", code=1)["state"] != "ready"
 
 
+def test_what_images_can_be_made_for() -> None:
+    targets = {target["name"]: target for target in told("images", "targets")}
+    assert {name: target["built"] for name, target in targets.items()} == {"cpu": True, "cuda": False, "rocm": False}
+
+
 def test_doctor(spaced: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from deepdisc_ops import doctor
 

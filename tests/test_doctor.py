@@ -32,7 +32,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_everything_that_the_tests_need_is_there(spaced: Path) -> None:
     findings = found(spaced)
-    for name in ("[train]", "[sweep]", "[serve]", "[sim]", "[containers]", "detectron2", "Java"):
+    for name in ("[train]", "[sweep]", "[serve]", "[sim]", "[containers]", "[rail]", "detectron2", "Java"):
         assert findings[name].state == "there", findings[name]
         assert not findings[name].remedy
 
@@ -61,6 +61,21 @@ def test_a_full_disk_is_a_fault(spaced: Path, monkeypatch: pytest.MonkeyPatch) -
     assert disk.state == "faulty"
     assert disk.found == f"0.0 GB free in {spaced}, less than 5 GB"
     assert disk.remedy
+
+
+def test_a_file_system_without_room_is_a_fault_of_the_command(spaced: Path) -> None:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", spaced], capture_output=True, check=False).returncode:
+        pytest.skip("no file system can be mounted here")
+    try:
+        (spaced / "full").write_bytes(bytes(1 << 20))
+        command = [sys.executable, "-m", "deepdisc_ops", "doctor", "--folder", str(spaced), "--json"]
+        told = subprocess.run(command, capture_output=True, text=True, check=False)
+    finally:
+        subprocess.run(["umount", spaced], check=True)
+    (disk,) = (one for one in json.loads(told.stdout) if one["name"] == "disk")
+    assert told.returncode == 1
+    assert (disk["state"], disk["found"]) == ("faulty", f"0.0 GB free in {spaced}, less than 5 GB")
+    assert disk["remedy"] == "free some, or give an --out on another file system"
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from deepdisc_ops.cli.console import console
+from deepdisc_ops.cli.console import AsJson, console, print_json
 
 
 def evaluate(
@@ -28,6 +28,7 @@ def evaluate(
     track: Annotated[
         str | None, typer.Option(help="Log figures and page to this tracking store: a folder, an .db file, a URI.")
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Compare a catalogue with truth: completeness, purity, redshift metrics with errors, figures, a page of objects.
 
@@ -42,13 +43,19 @@ def evaluate(
     result = report.evaluate_files(
         catalog, truth, out, gold_band=gold_band, gold_limit=gold_limit, seed=seed, formats=formats, page_objects=page_objects
     )
+    comparison = None
+    if against:
+        paths = [catalog, *against]
+        comparison = report.compare_files(paths, truth, out, gold_band=gold_band, gold_limit=gold_limit, seed=seed, formats=formats)
+    run = None if track is None else _log(track, catalog, truth, out, report.tracked(result))
+    if as_json:
+        print_json(result.as_dict() | {"against": comparison and comparison.as_dict(), "run": run})
+        return
     table = Table("figure", "value", title=f"{catalog} against {truth}")
     for name, value in report.rows(result):
         table.add_row(name, value)
     console.print(table)
-    if against:
-        paths = [catalog, *against]
-        comparison = report.compare_files(paths, truth, out, gold_band=gold_band, gold_limit=gold_limit, seed=seed, formats=formats)
+    if comparison:
         spread = [] if comparison.scatter is None else ["mean ± scatter of the others"]
         beside = Table(
             "figure", *(one.name for one in comparison.catalogs), *spread, title=f"{comparison.common} galaxies all found"
@@ -57,8 +64,8 @@ def evaluate(
             beside.add_row(*row)
         console.print(beside)
     console.print(f"index.html, metrics.json and figures in {out}")
-    if track is not None:
-        console.print(f"logged as run {_log(track, catalog, truth, out, report.tracked(result))} in {track}")
+    if run:
+        console.print(f"logged as run {run} in {track}")
 
 
 def _log(store: str, catalog: Path, truth: Path, out: Path, figures: dict[str, float]) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from deepdisc_ops.cli.console import console
+from deepdisc_ops.cli.console import AsJson, console, print_json
 from deepdisc_ops.cli.images import DryRun, Image, Program, images_app, the_runtime
 
 if TYPE_CHECKING:
@@ -140,15 +140,19 @@ def images_stop(
 
 
 @images_app.command("list")
-def images_list(program: Program = None) -> None:
+def images_list(program: Program = None, as_json: AsJson = False) -> None:
     """Show the instances that run here.
 
     Example: `deepdisc-ops images list`
     """
     from deepdisc_ops.hpc.containers import instances
 
+    running = instances.running(the_runtime(program))
+    if as_json:
+        print_json(running)
+        return
     table = Table("instance", "process", "image")
-    for one in instances.running(the_runtime(program)):
+    for one in running:
         table.add_row(one.name, str(one.pid), one.image)
     console.print(table)
 

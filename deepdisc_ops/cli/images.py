@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.table import Table
 
-from deepdisc_ops.cli.console import console
+from deepdisc_ops.cli.console import AsJson, console, print_json
 from deepdisc_ops.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -30,15 +30,19 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the command and d
 
 
 @images_app.command("targets")
-def images_targets() -> None:
+def images_targets(as_json: AsJson = False) -> None:
     """Show what images can be made for.
 
     Example: `deepdisc-ops images targets`
     """
     from deepdisc_ops.hpc.containers.targets import load_targets
 
+    targets = load_targets().values()
+    if as_json:
+        print_json(list(targets))
+        return
     table = Table("target", "for", "options", "needs", "here", "mind")
-    for one in load_targets().values():
+    for one in targets:
         state = "built and run" if one.built else "rendered and linted, NOT built"
         table.add_row(one.name, one.summary, " ".join(one.flags) or "-", " ".join(one.requires) or "-", state, one.note)
     console.print(table)
@@ -249,6 +253,7 @@ def images_sbom(
     out: Annotated[Path, typer.Option(help="CycloneDX file to write.")] = Path("sbom.json"),
     vulnerabilities: Annotated[bool, typer.Option("--audit", help="Also tell what is known against them.")] = False,
     program: Program = None,
+    as_json: AsJson = False,
 ) -> None:
     """Write an image's bill of materials; exit code 1 if --audit knows something against it.
 
@@ -257,10 +262,14 @@ def images_sbom(
     from deepdisc_ops.hpc.containers import sbom
 
     runtime = the_runtime(program)
-    console.print(f"{out}: {sbom.bill(runtime, image, out)} components")
-    if not vulnerabilities:
+    components = sbom.bill(runtime, image, out)
+    audit = sbom.audit(runtime, image) if vulnerabilities else None
+    if as_json:
+        print_json({"file": out, "components": components, "audit": audit and audit._asdict()})
+        raise typer.Exit(1 if audit and audit.known else 0)
+    console.print(f"{out}: {components} components")
+    if audit is None:
         return
-    audit = sbom.audit(runtime, image)
     table = Table("package", "version", "known as", "mended in")
     for row in audit.known:
         table.add_row(row["package"], row["version"], row["id"], row["fixed"] or "-")

@@ -77,19 +77,24 @@ def test_catalogues_without_a_common_galaxy_are_refused(truth: Path, tmp_path: P
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_an_evaluation_is_one_run_of_a_store_however_often(truth: Path, tmp_path: Path) -> None:
+def test_an_evaluation_is_one_run_of_a_store_however_often(truth: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from deepdisc_ops.cli.console import console
     from deepdisc_ops.tracking import Tracker, store_uri
 
+    monkeypatch.setattr(console, "stderr", False)  # --json turns it; back afterwards
     path, store, out = catalogue(truth, "sharp", 0.02, 1), tmp_path / "records" / "mlflow.db", tmp_path / "out"
     other = catalogue(truth, "other", 0.05, 2)
     words = ["evaluate", str(path), "--truth", str(truth), "--out", str(out), "--track", str(store), "--against", str(other)]
     for _ in range(2):
         result = CliRunner().invoke(app, words)
         assert result.exit_code == 0, result.output
+    told = json.loads(CliRunner().invoke(app, [*words, "--json"]).stdout)
     tracker = Tracker(store_uri(str(store)), create=False)
     runs = tracker.runs({"deepdisc_ops.kind": "evaluation"})
-    assert len(runs) == 1
+    assert [run.run_id for run in runs] == [told["run"]]
     figures = json.loads((out / "metrics.json").read_text())
+    assert {name: told[name] for name in figures} == figures
+    assert told["against"] == json.loads((out / "comparison.json").read_text())
     assert runs[0].metrics["lsst_sigma_iqr"] == pytest.approx(figures["lsst"]["sigma_iqr"])
     assert runs[0].status == "FINISHED"
     kept = {Path(path).name for path in tracker.artifacts(runs[0].run_id, "evaluation")}
