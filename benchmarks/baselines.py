@@ -5,8 +5,8 @@ calibration split, and are judged on those of the test split: the galaxies of `b
 by the network or not, but for those whose box the border of their scene cuts. All are held to the same functions: points,
 densities, bins of magnitude, redshift and blendedness, with bootstrap errors.
 
-How many galaxies a code answers for in a second of one core, their fluxes given, is measured in the same run, and so is the speed
-of the network of ``--model``, which finds and deblends them in the image by itself.
+How many galaxies a code answers for in a second of one core's time, their fluxes given, is measured in the same run, and so is the
+speed of the network of ``--model``, which finds and deblends them in the image by itself.
 
 The answers go to ``--out``, a file a code, too large for git; the result keeps their digests. A code whose file is there is not
 asked again. EAZY is not among the codes: it has no wheel on the package index, and its package is without templates and filters.
@@ -45,7 +45,7 @@ AXES = {"magnitude": "i (AB mag)", "redshift": "true redshift", "blendedness": "
 
 @dataclass(frozen=True)
 class Asked:
-    """One code: what it says, and seconds to learn and to answer for all galaxies of the test split, one thread."""
+    """One code: what it says, and seconds of CPU to learn and to answer for all galaxies of the test split, one thread."""
 
     judged: Judged
     learn_s: float
@@ -56,11 +56,11 @@ def ask(code: str, gold: dict[str, Gold], work: Path) -> Asked:
     """Let a code learn and answer, on one thread."""
     with threadpool_limits(1):
         torch.set_num_threads(1)
-        started = time.perf_counter()
+        started = time.process_time()
         predict = CODES[code](gold["train"], gold["calibration"], work)
-        learned = time.perf_counter()
+        learned = time.process_time()
         answer = predict(gold["test"])
-        done = time.perf_counter()
+        done = time.process_time()
     judged = Judged.of_grid(answer.redshift, answer.densities, gold["test"].redshift)
     return Asked(judged, learned - started, done - learned)
 
@@ -87,10 +87,10 @@ def network_speed(sky: ReferenceSky, model: Path, scenes: int = TIMED_SCENES) ->
         for index in range(scenes + 1):
             scene = reference_scene(sky, "test", index, years=YEARS)
             pixels = scene.image[[scene.survey.bands.index(band) for band in ensemble.bands]]
-            started = time.perf_counter()
+            started = time.process_time()
             found = ensemble.predict(pixels, EbvPlane.constant(scene.ebv))
             if index:  # the first warms up
-                seconds += time.perf_counter() - started
+                seconds += time.process_time() - started
                 objects += len(found)
     return objects / seconds
 
