@@ -34,6 +34,10 @@ LIVE = 1.5
 TAPS = 16
 """Pixels that a cell of ROIAlign sees, about: 2 x 2 samples of 4."""
 
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(512 << 20)}
+"""The environment by which glibc's allocator keeps a window's memory for the next instead of asking the kernel for it again, which
+took a tenth of a worker's time; it costs a fifth more resident memory."""
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -73,7 +77,7 @@ def estimate(description: Mapping[str, Any], max_window: int = 2048, memory: Mod
 def measure(mar: Path, max_window: int = 2048, memory: Mode = "keep", timeout_s: float = 3600.0) -> int:
     """Bytes resident at most in a process that reads the archive and looks at one window of ``max_window`` pixels of sources."""
     command = [sys.executable, "-m", __name__, str(mar), str(max_window), memory]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=timeout_s, env=dict(os.environ))
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=timeout_s, env=ALLOCATOR | os.environ)
     if result.returncode != 0:
         lines = [line for line in result.stderr.splitlines() if line.strip()] or ["no message"]
         raise ArchiveError(f"{mar} could not be tried ({lines[-1].strip()}); see deepdisc-ops archive verify")

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deepdisc_ops.serving import service
+from deepdisc_ops.serving.memory import ALLOCATOR
 from deepdisc_ops.serving.wire import MODEL_NAME
 
 CONFIG = "config.properties"
@@ -142,9 +143,12 @@ def java_command(java: Path, torchserve: Path, folder: Path, temp_dir: Path, hea
 def server_environment(
     base: Mapping[str, str], java: Path, run_dir: Path, folder: Path, logs: Path, temp_dir: Path, threads: int
 ) -> dict[str, str]:
-    """Environment of the server and its workers: ``base`` without TorchServe's own settings, paths inside the run directory."""
+    """Environment of the server and its workers: ``base`` without TorchServe's own settings, paths inside the run directory.
+
+    What ``base`` says of the allocator stands.
+    """
     kept = {name: value for name, value in base.items() if not name.startswith("TS_") and name != "JDK_JAVA_OPTIONS"}
-    return kept | {
+    return {**ALLOCATOR, **kept} | {
         "JAVA_HOME": str(java),
         "PATH": os.pathsep.join([str(java / "bin"), str(Path(sys.executable).parent), base.get("PATH", os.defpath)]),
         "TEMP": str(temp_dir),

@@ -92,6 +92,9 @@ def test_the_environment_is_the_servers_own(tmp_path: Path) -> None:
     assert made[render.MARK] == str(run)
     assert {made[name] for name in ("TEMP", "TMPDIR")} == {str(temp)}
     assert {made[name] for name in ("LOG_LOCATION", "METRICS_LOCATION")} == {str(logs)}
+    assert ALLOCATOR.items() <= made.items()
+    own = base | {"MALLOC_TRIM_THRESHOLD_": "0"}
+    assert render.server_environment(own, Path("/java"), run, folder, logs, temp, 3)["MALLOC_TRIM_THRESHOLD_"] == "0"
 
 
 def test_the_command_names_scratch_space_and_settings(tmp_path: Path) -> None:
