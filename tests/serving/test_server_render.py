@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from deepdisc_ops.config import InferenceSettings
 from deepdisc_ops.serving import plan, render, wire
+from deepdisc_ops.serving.memory import ALLOCATOR
 from deepdisc_ops.sky.detections import Detections
 from deepdisc_ops.sky.dust import EbvPlane
 
