@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
     from deepdisc_ops.photoz.evaluation import Evaluation
     from deepdisc_ops.serving.client import Client
     from deepdisc_ops.sky.images import Mosaic
+
+# What detectron2 does at its import and torch says of it, to nobody's use in a notebook.
+warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
+warnings.filterwarnings("ignore", "torch.meshgrid: in an upcoming release", UserWarning)
 
 PathLike = str | Path
 

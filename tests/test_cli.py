@@ -298,7 +298,7 @@ def test_a_member_is_tuned(
         (("predict", "m.fits", "--out", "c.reg", "--model", "m", "--picture", "p.png"), "--picture is drawn from a table"),
         (("predict", "m.fits", "--out", "c.fits", "--model", "m", "--forced", "l.fits", "--masks"), "given objects have no masks"),
         (("predict", "m.fits", "--out", "a.moc.fits", "--model", "m", "--forced", "l.fits"), "--forced-for all searches no area"),
-        (("predict", "m.fits", "--out", "c.fits", "--model", "m", "--set", "match=union"), "m is no ensemble"),
+        (("predict", "m.fits", "--out", "c.fits", "--model", "m", "--set", "match=union"), "model m does not exist"),
         (("members", "tune", "m", "--data", "d"), "m"),
         (("archive", "build", "--out", "x.mar"), "name either checkpoint folders or --members"),
         (("serve", "start", "absent.mar"), "absent.mar"),

@@ -48,7 +48,8 @@ def archive_build(
     source = None if dust is None else DustSource(source=dust, scale=dust_scale)
     archive.build_archive(checkpoints or [], out, run_ids, weights, half=half, on_failure=on_failure, dust=source)
     description = archive.inspect_archive(out)
-    console.print(f"{out}: {len(description['members'])} members, {out.stat().st_size / 1e6:.1f} MB")
+    count = len(description["members"])
+    console.print(f"{out}: {count} member{'s' if count > 1 else ''}, {out.stat().st_size / 1e6:.1f} MB")
     if description["half"]:
         console.print(_told_of_half(description["half"]))
 

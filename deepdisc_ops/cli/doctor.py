@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 
 from deepdisc_ops.cli.console import AsJson, console, print_json
 
@@ -27,7 +27,7 @@ def doctor(
     if as_json:
         print_json(findings)
     else:
-        table = Table("", "state", "found", "for", "remedy")
+        table = Table("", "state", *(Column(name, overflow="fold") for name in ("found", "for", "remedy")))
         colours = {"there": "green", "absent": "yellow", "faulty": "red"}
         for finding in findings:
             state = f"[{colours[finding.state]}]{finding.state}[/]"

@@ -63,7 +63,7 @@ def evaluate(
         for row in report.comparison_rows(comparison):
             beside.add_row(*row)
         console.print(beside)
-    console.print(f"index.html, metrics.json and figures in {out}")
+    console.print(f"{out / 'index.html'}, metrics.json and figures beside it")
     if run:
         console.print(f"logged as run {run} in {track}")
 

@@ -105,7 +105,7 @@ def predict(
     device: Annotated[str, typer.Option(help="torch device of the model, such as cpu or cuda:0.")] = "cpu",
     memory: Annotated[Memory, typer.Option(help="keep all members in memory, or swap: read each when it is used.")] = Memory.KEEP,
     skip_failing: Annotated[bool, typer.Option("--skip-failing", help="Go on without members that fail.")] = False,
-    picture: Annotated[Path | None, typer.Option(help="PNG of the mosaic's middle in colour, with boxes and redshifts.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="PNG of the middle in colour, with boxes; redshifts where few.")] = None,
 ) -> None:
     """Make the catalogue of a mosaic, in process (--model) or through the endpoint (--server).
 
@@ -192,7 +192,8 @@ def predict(
             from deepdisc_ops.sky.catalog import read_catalog
 
             report.draw_picture(mosaic, read_catalog(words.tables[0]), picture)
-    console.print(f"{rows} objects in {seconds:.1f} s ({rows / max(seconds, 1e-9):.0f} a second): {', '.join(map(str, out))}")
+    made = ", ".join(map(str, [*out, *([picture] if picture else [])]))
+    console.print(f"{rows} objects in {seconds:.1f} s ({rows / max(seconds, 1e-9):.0f} a second), E(B-V) {ebv}: {made}")
     for failure, times in eyes.trouble.most_common():
         console.print(f"waited out {times} times: {failure}", soft_wrap=True)
 

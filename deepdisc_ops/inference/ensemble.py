@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 import deepdisc_ops
 from deepdisc_ops.config import EnsembleSettings, validate
-from deepdisc_ops.errors import ArchiveError, CheckpointError, ConfigError, DeepdiscOpsError, ImageError
+from deepdisc_ops.errors import ArchiveError, CheckpointError, ConfigError, DeepdiscOpsError, ImageError, nearest
 from deepdisc_ops.inference import window
 from deepdisc_ops.inference.combine import combine, combine_aligned, member_weights
 from deepdisc_ops.inference.engine import Member
@@ -324,6 +324,11 @@ def _write_members(
 def read_description(folder: Path) -> dict[str, Any]:
     """ensemble.yaml as plain types, its format checked."""
     path = folder / DESCRIPTION
+    if not folder.exists():
+        beside = [one.name for one in folder.parent.iterdir() if one.is_dir()] if folder.parent.is_dir() else []
+        meant = nearest(folder.name, beside)
+        remedy = f"did you mean {meant!r}?" if meant else "give an ensemble, a checkpoint folder or a .mar archive"
+        raise ArchiveError(f"model {folder} does not exist; {remedy}")
     if not path.exists():
         raise ArchiveError(f"{folder} is no ensemble: {DESCRIPTION} is missing; build one with `deepdisc-ops archive build`")
     description: dict[str, Any] = yaml.safe_load(path.read_text())

@@ -225,8 +225,8 @@ def _binned(
 
 
 def _classes(catalog: Table, truth: Table, index: Indices, truth_index: Indices) -> tuple[metrics.ClassShares, ...]:
-    """Star and galaxy among matched objects; none where the catalogue has no classes."""
-    if "class" not in catalog.colnames:
+    """Star and galaxy among matched objects; none where the catalogue has no classes, or is of a model with a single one."""
+    if "class" not in catalog.colnames or ("classes" in catalog.meta and "," not in catalog.meta["classes"]):
         return ()
     return metrics.class_shares(_column(truth, "class")[truth_index], _column(catalog, "class")[index])
 
@@ -272,7 +272,8 @@ def _column(table: Table, name: str) -> Floats:
 def _require_columns(table: Table, names: Sequence[str], what: str) -> None:
     missing = [name for name in names if name not in table.colnames]
     if missing:
-        raise CatalogError(f"{what} lacks the columns {missing}; it has {table.colnames}")
+        there = ", ".join(table.colnames[:10]) + (f" and {len(table.colnames) - 10} more" if len(table.colnames) > 10 else "")
+        raise CatalogError(f"{what} lacks {', '.join(missing)}; it has the columns {there}")
 
 
 def _redshifts(table: Table, name: str, index: Indices, what: str) -> Floats:

@@ -121,6 +121,8 @@ def rows(result: Evaluation) -> Iterator[tuple[str, str]]:
     completeness, purity = result.completeness, result.purity
     yield "completeness of gold", f"{_share(completeness)} (by chance {result.completeness_chance:.3f})"
     yield "purity", f"{_share(purity)} (by chance {result.purity_chance:.3f})"
+    if not result.classes:
+        yield "galaxies and stars", "not told apart by this catalogue"
     for one in result.classes:
         yield f"{one.name}: completeness, purity", f"{_share(one.completeness)}, {_share(one.purity)}"
     yield "blends whose galaxies were all found", _share(result.blends)

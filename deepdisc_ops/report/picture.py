@@ -37,7 +37,9 @@ def draw_picture(mosaic: Mosaic, catalog: Table, path: Path, real: NDArray[np.bo
     x, y = np.asarray(catalog["x"]), np.asarray(catalog["y"])
     inside = np.flatnonzero((x >= window.x0) & (x < window.x1) & (y >= window.y0) & (y < window.y1))
     boxes = np.stack([catalog[name][inside] for name in ("x0", "y0", "x1", "y1")], axis=1) - [x0, y0, x0, y0]
-    title = f"{len(inside)} objects, {' '.join(image.bands[i] for i in reversed(planes))} as red, green, blue"
+    count = str(len(inside)) if len(inside) == len(catalog) else f"{len(inside)} of {len(catalog)}"
+    height, width = image.mask.shape
+    title = f"{count} objects, middle {width} x {height} px, colours {' '.join(image.bands[i] for i in reversed(planes))}"
     labels = [f"{z:.2f}" for z in catalog["z_mode"][inside]]
     matched = None if real is None else real[inside]
     figures.write_figure(figures.rgb_with_boxes(red, green, blue, boxes, matched, labels, title=title), path)

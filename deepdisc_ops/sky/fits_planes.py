@@ -108,8 +108,11 @@ def fits_planes(path: Path, wishes: Wishes) -> list[Plane]:
 def _whole_file(path: Path) -> bytes | None:
     """The content of a file that is compressed as a whole, which cannot be read in parts; None for any other."""
     with path.open("rb") as file:
-        decompress = _DECOMPRESS.get(file.read(2))
+        start = file.read(6)
+        decompress = _DECOMPRESS.get(start[:2])
         if decompress is None:
+            if start != b"SIMPLE":
+                raise ImageError(f"{path} is no FITS file; images may be FITS, HDF5, .npy or .npz")
             return None
         file.seek(0)
         try:

@@ -194,6 +194,9 @@ def open_mosaic(
         raise ImageError("no image given; expected one file, or one a band")
     wishes = Wishes(zero_point, pixel_scale, bad_bits)
     planes = [plane for path in paths for plane in _planes_of(path, wishes)]
+    if not planes:
+        files = ", ".join(map(str, paths))
+        raise ImageError(f"{files} holds no image; expected a 2-D plane per band, or a cube")
     mosaic = Mosaic(_named(planes, plane_bands, bands), pixel_scale or 0.0, blank=blank)
     if bands:
         mosaic = mosaic.select(bands)
@@ -220,8 +223,6 @@ def _named(planes: Sequence[Plane], plane_bands: Sequence[str] | None, wanted: S
                 f"{len(planes)} image planes for {len(plane_bands)} bands {', '.join(plane_bands)}; give one band a plane"
             )
         planes = [replace(plane, band=band.lower()) for plane, band in zip(planes, plane_bands, strict=True)]
-    if not planes:
-        raise ImageError("no image planes found; expected a 2-D image per band or a cube")
     names = [plane.band for plane in planes]
     needed = {band.lower() for band in wanted} if wanted else set(names)
     nameless = names.count("")

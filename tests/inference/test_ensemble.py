@@ -319,6 +319,8 @@ def test_a_damaged_member_is_named(tiny_ensemble: Path, spaced: Path) -> None:
         Ensemble.load(folder)
     with pytest.raises(ArchiveError, match="is no ensemble"):
         Ensemble.load(spaced)
+    with pytest.raises(ArchiveError, match=f"does not exist; did you mean '{folder.name}'"):
+        Ensemble.load(folder.with_name(folder.name[:-1]))
 
 
 def test_members_must_share_bands(tiny_checkpoints: list[Path], spaced: Path) -> None:
