@@ -215,10 +215,8 @@ def test_in_a_population_the_worst_go_on_from_the_best(spaced: Path) -> None:
     assert min(each[-1] for each in rates) <= min(each[0] for each in rates)
 
 
-# a driver and a raylet that are killed have tests of their own here
-@pytest.mark.parametrize(
-    "case", [pytest.param("driver", marks=pytest.mark.slow), "trial", "rank", pytest.param("raylet", marks=pytest.mark.slow)]
-)
+# drivers, raylets and ranks that are killed have quicker tests of their own: here, and in tests/training
+@pytest.mark.parametrize("case", ["trial", *(pytest.param(case, marks=pytest.mark.slow) for case in ("driver", "rank", "raylet"))])
 def test_a_killed_process_costs_nothing_but_time(case: str, spaced: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.sweep_faults", "--quick", "--case", case, "--work", str(spaced / "work")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
