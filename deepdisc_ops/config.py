@@ -252,6 +252,11 @@ class ModelSettings(Settings):
     pixel_scale: PositiveFloat | None = Field(None, description="arcsec per pixel; taken from the training set when not given")
     input: InputSettings = InputSettings()
     backbone: BackboneSettings = BackboneSettings()
+    weights: Path | None = Field(
+        None,
+        description="a member (folder or .safetensors) of the same shape that a new run starts from, heads and all: to tune one to "
+        "another sky, or for one more cycle of the learning rate",
+    )
     backbone_weights: Path | None = Field(
         None,
         description="what the backbone of a new run starts from: ImageNet weights (detectron2 .pkl, torchvision or timm .pth), "
@@ -283,6 +288,8 @@ class ModelSettings(Settings):
             values = getattr(self.input, name)
             if values is not None and len(values) != len(self.bands):
                 raise ValueError(f"input.{name} has {len(values)} values for {len(self.bands)} bands {self.bands}")
+        if self.weights and self.backbone_weights:
+            raise ValueError("weights gives the whole network its start, and backbone_weights the backbone another; leave one out")
         levels = self.backbone.levels + self.backbone.top_level
         if len(self.anchor_sizes) != levels:
             raise ValueError(f"anchor_sizes has {len(self.anchor_sizes)} values for {levels} pyramid levels")

@@ -77,7 +77,7 @@ def weights_check(
     every_key: EveryKey = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show what would become of every key of model.backbone_weights in the network of a training config.
+    """Show what would become of every key of model.weights or model.backbone_weights in the network of a training config.
 
     Example: `deepdisc-ops weights check jades --set model.backbone_weights=R-50.pkl`
     """
@@ -89,7 +89,9 @@ def weights_check(
     unscaled = settings.InputSettings(scaling="snr", noise_njy=(1.0,) * len(loaded.model.bands))  # measured when training begins
     report = initialise(DeepDisc(loaded.model.model_copy(update={"input": unscaled}), loaded.inference), loaded.model)
     if report is None:
-        raise ConfigError("model.backbone_weights is not set; name a file, as in --set model.backbone_weights=R-50.pkl")
+        raise ConfigError(
+            "neither model.weights nor model.backbone_weights is set; name a file, as in --set model.backbone_weights=R-50.pkl"
+        )
     if as_json:
         print_json(report)
     else:

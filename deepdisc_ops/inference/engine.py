@@ -19,6 +19,7 @@ from deepdisc_ops.config import InferenceSettings, TrainingConfig
 from deepdisc_ops.errors import ConfigError, SetupError
 from deepdisc_ops.model.build import DeepDisc, Features
 from deepdisc_ops.model.detection import pick
+from deepdisc_ops.model.precision import PRECISIONS, computes_bf16
 from deepdisc_ops.model.weights import load_member
 from deepdisc_ops.photoz.mixture import GaussianMixture
 from deepdisc_ops.sky.detections import MASK_SIDE, Detections
@@ -26,7 +27,6 @@ from deepdisc_ops.sky.detections import MASK_SIDE, Detections
 EbvAt = Callable[[NDArray[np.floating], NDArray[np.floating]], NDArray[np.float32]]
 """E(B-V) in mag at pixel positions (x, y) of the tile."""
 Pixels = NDArray[np.float32]
-PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Member:
@@ -126,7 +126,7 @@ class Member:
         settings = self.config.inference
         precision = settings.precision
         if precision == "auto":
-            precision = "bf16" if settings.preset == "fast" and _computes_bf16(self.device) else "float32"
+            precision = "bf16" if settings.preset == "fast" and computes_bf16(self.device) else "float32"
         return nullcontext() if precision == "float32" else torch.autocast(self.device.type, PRECISIONS[precision])
 
     def _compile(self) -> None:
@@ -160,14 +160,6 @@ class Member:
 def _check_precision(settings: InferenceSettings, device: torch.device) -> None:
     if settings.precision == "fp16" and device.type == "cpu":
         raise ConfigError("inference.precision is fp16, which CPUs do not compute in; set it to bf16 or float32")
-
-
-def _computes_bf16(device: torch.device) -> bool:
-    """Whether the processor multiplies in bf16, rather than imitating it."""
-    if device.type != "cpu":
-        return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    can = torch.cpu.get_capabilities()
-    return any(can.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def _by_size(sizes: Sequence[tuple[int, int]]) -> list[list[int]]:

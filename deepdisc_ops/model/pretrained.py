@@ -1,4 +1,4 @@
-"""What a backbone starts from: ImageNet weights as others publish them, a pretrained backbone, a member, a DeepDISC checkpoint.
+"""What a network starts from: a member; or its backbone alone: ImageNet weights as others publish them, a pretrained backbone.
 
 Files: detectron2 .pkl (its own and Caffe2's), .pth/.pyth/.pt of torchvision, timm, MViT, Swin and detectron2, and safetensors.
 Which of the known namings a file has is found by trying: the one under which most of its keys are keys of the backbone.
@@ -26,7 +26,16 @@ from torch.nn import functional
 from deepdisc_ops.config import ModelSettings
 from deepdisc_ops.errors import CheckpointError
 from deepdisc_ops.model.build import DeepDisc
-from deepdisc_ops.model.weights import WEIGHTS, KeyReport, first_convolution, numpy_makers, read_safetensors, read_torch, shorten
+from deepdisc_ops.model.weights import (
+    WEIGHTS,
+    KeyReport,
+    fill,
+    first_convolution,
+    numpy_makers,
+    read_safetensors,
+    read_torch,
+    shorten,
+)
 
 State = Mapping[str, Tensor]
 Naming = Callable[[Sequence[str]], list[str]]
@@ -48,10 +57,15 @@ log = logging.getLogger(__name__)
 
 
 def initialise(network: DeepDisc, model: ModelSettings) -> KeyReport | None:
-    """Give the backbone of a new network the weights ``model.backbone_weights`` names, and tell what became of every key.
+    """Give a new network the weights that ``model.weights`` names, or its backbone those of ``model.backbone_weights``.
 
-    Nothing is done, and nothing told, where it names none.
+    Tells what became of every key; nothing is done, and nothing told, where neither names any.
     """
+    if model.weights is not None:
+        file = read_weights(model.weights)
+        fill(network, file, model.bands, str(model.weights), remedy="a run starts from a member of its own shape alone")
+        log.info("the whole network from %s", model.weights)
+        return KeyReport(matched={key: key for key in file})
     if model.backbone_weights is None:
         return None
     report = load_backbone(network, read_weights(model.backbone_weights), model, str(model.backbone_weights))

@@ -48,7 +48,7 @@ BUFFERS_OF_OLD = re.compile(r"(pixel_mean|pixel_std|.*\.cell_anchors\.\d+)$")
 FREE = (
     *("bands", "classes", "pixel_scale", "anchor_sizes", "proposals.aspect_ratios"),
     *("input.mean_njy", "input.std_njy", "input.noise_njy", "input.softening"),
-    *("backbone.drop_path", "backbone.recompute", "backbone_weights", "first_convolution", "redshift_head.sigma_floor"),
+    *("backbone.drop_path", "backbone.recompute", "weights", "backbone_weights", "first_convolution", "redshift_head.sigma_floor"),
 )
 """Settings that the published code has too, or that its answers hardly depend on: a floor far below every sigma."""
 TRAINING_ONLY = (

@@ -201,7 +201,13 @@ def shorten(keys: Iterable[str], groups: int = 4) -> str:
     return text + (f" and {len(counts) - groups} more" if len(counts) > groups else "")
 
 
-def fill(network: nn.Module, tensors: Mapping[str, Tensor], bands: Iterable[str], source: str) -> None:
+def fill(
+    network: nn.Module,
+    tensors: Mapping[str, Tensor],
+    bands: Iterable[str],
+    source: str,
+    remedy: str = "use the config they were made with",
+) -> None:
     """Load all of a network of ``bands``, or say which keys are missing, unknown or of another shape."""
     have = network.state_dict()
     first = first_convolution(network)
@@ -225,7 +231,7 @@ def fill(network: nn.Module, tensors: Mapping[str, Tensor], bands: Iterable[str]
         key = misshapen[0]
         faults.append(f"as {key}, {tuple(tensors[key].shape)} instead of {tuple(have[key].shape)}")
     if faults:
-        raise CheckpointError(f"weights {source} do not fit their config: {'; '.join(faults)}; use the config they were made with")
+        raise CheckpointError(f"weights {source} do not fit their config: {'; '.join(faults)}; {remedy}")
     network.load_state_dict(dict(tensors))
 
 

@@ -111,11 +111,11 @@ def planned_config(ray_config: Mapping[str, Any]) -> TrainingConfig:
     plan = ray_config[PLAN]
     config = trial_config(plan["base"], ray_config[VALUES])
     here = Path(plan["cwd"])
-    weights = config.model.backbone_weights
+    starts = {name: here / path for name in ("weights", "backbone_weights") if (path := getattr(config.model, name))}
     return config.model_copy(
         update={
             "data": config.data.model_copy(update={"path": here / config.data.path}),
-            "model": config.model.model_copy(update={"backbone_weights": weights and here / weights}),
+            "model": config.model.model_copy(update=starts),
             "train": config.train.model_copy(
                 update={"threads": config.train.threads or max(1, int(plan["cpus"] // config.train.ranks))}
             ),

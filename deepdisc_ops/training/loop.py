@@ -21,6 +21,7 @@ from deepdisc_ops.data.loader import Batch, CropDataset, measure_pixels, open_ba
 from deepdisc_ops.data.store import Dataset, Records, open_dataset
 from deepdisc_ops.errors import ConfigError, Requeue, TrainingError
 from deepdisc_ops.model.build import DeepDisc
+from deepdisc_ops.model.precision import computes_bf16
 from deepdisc_ops.model.pretrained import initialise
 from deepdisc_ops.model.weights import recover, save_member
 from deepdisc_ops.photoz.figures import loss_curves, write_figure
@@ -82,6 +83,10 @@ def _run(world: World, device: torch.device, report: Report | None, config: Trai
         raise ConfigError(f"no validation images in {dataset.path}; simulate some, or divide it with `deepdisc-ops data split`")
     config = complete(config, dataset, records)
     settings = config.train
+    if settings.precision == "bf16" and not computes_bf16(device) and world.main:
+        log.warning(
+            "train.precision is bf16, which this processor only imitates, many times slower than float32; set it to float32"
+        )
     if settings.threads or world.ranks > 1:
         torch.set_num_threads(settings.threads or fair_threads(world))
 
@@ -270,12 +275,14 @@ def measured_input(model: ModelSettings, records: Records) -> InputSettings:
 
 
 def start_at_redshifts(network: DeepDisc, config: TrainingConfig, records: Records, dataset: Dataset) -> None:
-    """Start the mixture's means at quantiles of the training n(z)."""
+    """Start the mixture's means at quantiles of the training n(z), unless they come from a member."""
     z, _ = training_redshifts(records, config.model)
     z = z[np.isfinite(z)]
     if len(z) == 0:
         head = config.model.redshift_head
         raise ConfigError(f"no galaxy with a redshift and {head.gold_band} < {head.gold_limit} in {dataset.path}; raise gold_limit")
+    if config.model.weights is not None:
+        return
     k = network.redshift_head.components
     means = np.quantile(z, (np.arange(k) + 0.5) / k)
     network.redshift_head.start_at(torch.as_tensor(means, dtype=torch.float32), sigma=max(float(np.std(z)) / 2, 0.05))

@@ -18,13 +18,12 @@ from torch.nn.parallel import DistributedDataParallel
 from deepdisc_ops.config import TrainSettings
 from deepdisc_ops.errors import TrainingError
 from deepdisc_ops.model.build import DeepDisc
+from deepdisc_ops.model.precision import PRECISIONS
 from deepdisc_ops.training.averaging import AveragedWeights
 from deepdisc_ops.training.distributed import World
 from deepdisc_ops.training.normalisers import TermCounts, over_ranks
 from deepdisc_ops.training.sampling import item_seed, sampled_by_image
 from deepdisc_ops.training.schedule import build_optimizer, build_schedule, learning_rate_factor
-
-PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Part(NamedTuple):

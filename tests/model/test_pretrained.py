@@ -16,7 +16,7 @@ from deepdisc_ops.config import InferenceSettings, ModelSettings
 from deepdisc_ops.errors import CheckpointError
 from deepdisc_ops.model.build import DeepDisc
 from deepdisc_ops.model.pretrained import inflate, initialise, load_backbone, read_pickle, read_weights
-from deepdisc_ops.model.weights import load_member, read_info
+from deepdisc_ops.model.weights import WEIGHTS, load_member, read_info
 
 RESIDUAL = {"name": "resnet18", "fpn_channels": 8, "levels": 4, "stem_stride": 4, "stem_pool": True}
 
@@ -255,6 +255,31 @@ def test_a_member_and_a_bare_backbone_start_another_run(tiny_checkpoints: list[P
         assert report.adapted == {}
         for key, value in source.backbone.state_dict().items():
             assert torch.equal(network.backbone.state_dict()[key], value), key
+
+
+def test_a_member_starts_a_whole_network(tiny_checkpoints: list[Path]) -> None:
+    source, info = load_member(tiny_checkpoints[0])
+    for path in (tiny_checkpoints[0], tiny_checkpoints[0] / WEIGHTS):
+        model = info.config.model.model_copy(update={"weights": path})
+        network = DeepDisc(model, info.config.inference)
+        report = initialise(network, model)
+        assert report is not None
+        assert (report.left, report.adapted, report.ignored) == ((), {}, {})
+        for key, value in source.state_dict().items():
+            assert torch.equal(network.state_dict()[key], value), key
+
+
+def test_a_member_of_another_shape_starts_nothing(tiny_checkpoints: list[Path]) -> None:
+    info = read_info(tiny_checkpoints[0])
+    wider = info.config.model.redshift_head.model_copy(update={"components": 9})
+    model = info.config.model.model_copy(update={"weights": tiny_checkpoints[0], "redshift_head": wider})
+    with pytest.raises(CheckpointError, match=r"of another shape redshift_head.*a run starts from a member of its own shape alone"):
+        initialise(DeepDisc(model, info.config.inference), model)
+
+
+def test_a_network_has_one_start() -> None:
+    with pytest.raises(ValueError, match="weights gives the whole network its start.*leave one out"):
+        settings(RESIDUAL, weights="member", backbone_weights="R-50.pkl")
 
 
 def test_without_a_file_nothing_happens() -> None:

@@ -80,11 +80,14 @@ def test_a_metric_that_is_no_number_ranks_last(value: float, told: float) -> Non
 
 
 def test_ranks_share_the_cpus_of_their_trial(spaced: Path) -> None:
-    base = {"train": {"ranks": 2}, "model": {"backbone_weights": "start.pth"}}
+    base = {"train": {"ranks": 2}, "model": {"weights": "start"}}
     plan = trial.plan_of(SweepSpec(name="s", base=base, resources=Resources(cpus=6)), spaced, learning_curves.train)
     found = trial.planned_config({trial.VALUES: {}, trial.PLAN: plan})
     assert found.train.threads == 3
-    assert found.model.backbone_weights == Path.cwd() / "start.pth"
+    assert found.model.weights == Path.cwd() / "start"
+    base["model"] = {"backbone_weights": "start.pth"}
+    plan = trial.plan_of(SweepSpec(name="s", base=base), spaced, learning_curves.train)
+    assert trial.planned_config({trial.VALUES: {}, trial.PLAN: plan}).model.backbone_weights == Path.cwd() / "start.pth"
 
 
 def test_a_trial_whose_state_was_cleared_has_ended(spaced: Path) -> None:

@@ -14,7 +14,7 @@ from deepdisc_ops.config import TrainingConfig, TrainSettings
 from deepdisc_ops.data.loader import CropDataset
 from deepdisc_ops.data.store import Records, open_dataset
 from deepdisc_ops.errors import CatalogError, CheckpointError, ConfigError, TrainingError
-from deepdisc_ops.model.weights import load_member, recover
+from deepdisc_ops.model.weights import load_member, read_info, recover
 from deepdisc_ops.training import loop
 from deepdisc_ops.training.averaging import AveragedWeights
 from deepdisc_ops.training.checkpoint import TrainingState, load_state, read_history, save_state, write_atomically
@@ -184,6 +184,29 @@ def test_a_file_system_that_is_full_leaves_the_last_checkpoint_as_it_was(spaced:
         assert load_state(disk / "last", settings, network=torch.nn.Linear(100, 100)).step == 1
     finally:
         subprocess.run(["umount", disk], check=True)
+
+
+def test_a_run_goes_on_from_a_member_heads_and_all(mini_dataset: Path, spaced: Path) -> None:
+    """With steps that change next to nothing it is the member that is validated, its redshifts not begun anew."""
+    first = loop.train(config(mini_dataset, steps=8, validate_every=8), spaced / "first")
+    still = {"optimizer": "sgd", "lr": 1e-12, "weight_decay": 0, "steps": 1, "validate_every": 1}
+    tuned, anew = (
+        loop.train(config(mini_dataset, model=model, **still), spaced / name)
+        for name, model in (("tuned", {"weights": str(first)}), ("anew", {}))
+    )
+    nll = {folder.parent.name: read_info(folder).metrics["val_nll"] for folder in (first, tuned, anew)}
+    assert nll["tuned"] == pytest.approx(nll["first"], abs=0.05)
+    assert abs(nll["anew"] - nll["first"]) > 0.2
+    assert read_info(tuned).config.model.weights == first
+
+
+@pytest.mark.parametrize("made_for_it", [True, False])
+def test_a_processor_that_imitates_bf16_is_told(
+    mini_dataset: Path, spaced: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, *, made_for_it: bool
+) -> None:
+    monkeypatch.setattr(loop, "computes_bf16", lambda _: made_for_it)
+    loop.train(config(mini_dataset, precision="bf16", steps=1, validate_every=1), spaced / "run")
+    assert ("set it to float32" in caplog.text) is not made_for_it
 
 
 def test_epochs_count_the_images_of_the_data_set(mini_dataset: Path, spaced: Path) -> None:
