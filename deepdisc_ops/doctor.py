@@ -39,6 +39,7 @@ EXTRAS: Mapping[str, tuple[str, Mapping[str, str]]] = {
     "sim": ("simulated skies", {"galsim": "galsim", "rail": "pz-rail-base", "sklearn": "scikit-learn"}),
     "containers": ("images built and run", {"spython": "spython"}),
     "som": ("self-organising maps of colours", {"minisom": "minisom"}),
+    "features": ("what features tell of redshift", {"umap": "umap-learn", "zuko": "zuko"}),
     "rail": ("RAIL's stages and pipelines", {"ceci": "ceci", "mpi4py": "mpi4py", "qp": "qp-prob"}),
     "moc": ("maps of the searched area", {"mocpy": "mocpy"}),
 }

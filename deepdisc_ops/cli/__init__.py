@@ -19,6 +19,7 @@ from deepdisc_ops.cli.console import console, progress_bar
 from deepdisc_ops.cli.data import data_app
 from deepdisc_ops.cli.doctor import doctor
 from deepdisc_ops.cli.evaluate import evaluate
+from deepdisc_ops.cli.features import features
 from deepdisc_ops.cli.image_use import images_app
 from deepdisc_ops.cli.members import members_app
 from deepdisc_ops.cli.model import model_app
@@ -53,6 +54,7 @@ for name, sub in {
 }.items():
     app.add_typer(sub, name=name)
 sweep_app.command("compare")(compare)
+members_app.command("features")(features)
 app.command()(pretrain)
 app.command()(predict)
 app.command()(evaluate)

@@ -23,11 +23,16 @@ def _aside(as_json: bool) -> bool:
 AsJson = Annotated[bool, typer.Option("--json", callback=_aside, help="Print JSON on stdout, no tables; all else goes to stderr.")]
 
 
-def print_json(value: Any) -> None:
-    """A value, dataclasses and paths among it, as JSON on stdout; numbers that are none are null."""
+def as_json_text(value: Any) -> str:
+    """A value, dataclasses and paths among it, as JSON; numbers that are none are null."""
     from pydantic_core import to_json
 
-    print(to_json(value, indent=1, inf_nan_mode="null", fallback=str).decode())
+    return to_json(value, indent=1, inf_nan_mode="null", fallback=str).decode()
+
+
+def print_json(value: Any) -> None:
+    """A value as JSON on stdout, see `as_json_text`."""
+    print(as_json_text(value))
 
 
 @contextmanager

@@ -95,6 +95,14 @@ class Member:
             return self.network.redshift(features, [given], torch.as_tensor(ebv, dtype=torch.float32, device=self.device))
 
     @torch.inference_mode()
+    def pooled(self, tile: Pixels, boxes: NDArray[np.float32]) -> NDArray[np.float32]:
+        """What the redshift head is shown of given ``boxes`` (N, 4) of ``tile``, E(B-V) aside: pooled features (N, D)."""
+        given = Boxes(torch.as_tensor(boxes, dtype=torch.float32, device=self.device).reshape(-1, 4))
+        with self._autocast():
+            features = self.network.features(self._to_device([tile]))
+            return np.asarray(self.network.redshift_head.pooled(features, [given]).float().cpu().numpy())
+
+    @torch.inference_mode()
     def at_thresholds(self, tile: Pixels, score: float, overlaps: Sequence[float]) -> list[tuple[Pixels, Pixels]]:
         """Boxes (N, 4) px and scores (N,), the best first, with a score above ``score``: for each overlap that NMS may leave."""
         with self._autocast():

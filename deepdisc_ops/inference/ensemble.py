@@ -317,6 +317,9 @@ def _write_members(
         entry = {"name": f"member-{i}", "file": file, "sha256": sha256(folder / file), "weight": weights[i], "run_id": run_id}
         member = info_as_dict(info)
         member["config"]["data"]["path"] = info.config.data.path.name  # an ensemble leaves the machine: no paths of it
+        member["config"]["model"] |= {
+            key: start.name for key in ("weights", "backbone_weights") if (start := getattr(info.config.model, key))
+        }
         entries.append(entry | member)
     return entries
 

@@ -181,9 +181,13 @@ class RedshiftHead(nn.Module):
             last.bias[k : 2 * k] = means
             last.bias[2 * k :] = math.log(sigma)
 
+    def pooled(self, features: dict[str, Tensor], boxes: Sequence[Boxes]) -> Tensor:
+        """What the images tell of N boxes (all images in order): channels and pooled cells in one (N, C pool^2)."""
+        return self.pooler([features[name] for name in self.levels], list(boxes)).flatten(1)
+
     def forward(self, features: dict[str, Tensor], boxes: Sequence[Boxes], ebv: Tensor) -> GaussianMixture:
         """Mixtures of N boxes (all images in order) with E(B-V) (N,) in mag."""
-        seen = self.pooler([features[name] for name in self.levels], list(boxes)).flatten(1)
+        seen = self.pooled(features, boxes)
         if self.takes_ebv:
             seen = torch.cat([seen, ebv[:, None]], dim=1)
         with torch.autocast(seen.device.type, enabled=False):  # half precision would round redshifts to some 0.01

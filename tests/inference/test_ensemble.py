@@ -20,7 +20,7 @@ from deepdisc_ops.errors import ArchiveError, CheckpointError, ConfigError, Imag
 from deepdisc_ops.inference.engine import Member
 from deepdisc_ops.inference.ensemble import Ensemble, sha256, write_ensemble
 from deepdisc_ops.model.build import DeepDisc
-from deepdisc_ops.model.weights import read_info, save_member
+from deepdisc_ops.model.weights import load_member, read_info, save_member
 from deepdisc_ops.sky.detections import Detections, Flag
 from deepdisc_ops.sky.dust import EbvPlane
 
@@ -321,6 +321,19 @@ def test_a_damaged_member_is_named(tiny_ensemble: Path, spaced: Path) -> None:
         Ensemble.load(spaced)
     with pytest.raises(ArchiveError, match=f"does not exist; did you mean '{folder.name}'"):
         Ensemble.load(folder.with_name(folder.name[:-1]))
+
+
+def test_an_ensemble_tells_no_paths_of_the_machine_that_trained_it(tiny_checkpoints: list[Path], spaced: Path) -> None:
+    network, info = load_member(tiny_checkpoints[0])
+    start = spaced / "starts" / "start.safetensors"
+    model = info.config.model.model_copy(update={"weights": start})
+    data = info.config.data.model_copy(update={"path": spaced / "scenes"})
+    config = info.config.model_copy(update={"model": model, "data": data})
+    save_member(spaced / "member", network, config, {"val_nll": 1.0}, 1)
+    write_ensemble(spaced / "ensemble", [spaced / "member"])
+    told = (spaced / "ensemble" / "ensemble.yaml").read_text()
+    assert str(spaced) not in told
+    assert "weights: start.safetensors" in told
 
 
 def test_members_must_share_bands(tiny_checkpoints: list[Path], spaced: Path) -> None:

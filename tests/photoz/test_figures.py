@@ -234,3 +234,12 @@ def test_variants_stand_below_each_other(spaced: Path) -> None:
     assert (len(first.containers), len(second.containers)) == (2, 1)
     with pytest.raises(InputError, match="nothing to compare"):
         figures.compared_values({}, {"bias": "bias"})
+
+
+@pytest.mark.parametrize("n", [0, 1, 400])
+def test_features_in_a_plane(n: int, rng: np.random.Generator, spaced: Path) -> None:
+    figure = figures.map_of_features(rng.normal(size=(n, 2)), rng.uniform(0, 2, n), rng.uniform(20, 25, n), "i")
+    assert len(figure.axes) == 4
+    assert png(figure, spaced).std() > 0
+    with pytest.raises(InputError, match=r"expected \(N, 2\), and one for each"):
+        figures.map_of_features(rng.normal(size=(n, 3)), np.ones(n), np.ones(n), "i")

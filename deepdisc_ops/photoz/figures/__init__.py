@@ -2,11 +2,11 @@
 
 No pyplot, no global state: figures can be drawn in threads and in servers without a display. style: the one they share, and
 `write_figure`; redshifts: point estimates; densities: whole PDFs; samples: completeness and n(z); maps: cells of a
-self-organising map; sky: pictures; training: curves of runs and trials.
+self-organising map, features in a plane; sky: pictures; training: curves of runs and trials.
 """
 
 from deepdisc_ops.photoz.figures.densities import coverage_figure, example_densities, normalised_residuals, pit_figure
-from deepdisc_ops.photoz.figures.maps import map_of_cells
+from deepdisc_ops.photoz.figures.maps import map_of_cells, map_of_features
 from deepdisc_ops.photoz.figures.redshifts import binned_statistics, recovery_figure, redshift_scatter
 from deepdisc_ops.photoz.figures.samples import completeness_by_magnitude, redshift_distribution
 from deepdisc_ops.photoz.figures.sky import lupton_colours, lupton_picture, rgb_with_boxes
@@ -34,6 +34,7 @@ __all__ = [
     "lupton_colours",
     "lupton_picture",
     "map_of_cells",
+    "map_of_features",
     "normalised_residuals",
     "pit_figure",
     "recovery_figure",

@@ -1,4 +1,4 @@
-"""A self-organising map: what its cells hold. Glossary: N objects, X x Y cells."""
+"""Maps of many dimensions: cells of a self-organising one, and features in a plane. Glossary: N objects, X x Y cells."""
 
 from __future__ import annotations
 
@@ -32,6 +32,25 @@ def map_of_cells(som: SelfOrganisingMap, cell: ArrayLike, redshift: ArrayLike, c
     )
     for axes, (values, label, colours, logarithmic) in zip(panels, panel, strict=True):
         _cells(axes, values, label, colours, logarithmic)
+    return figure
+
+
+def map_of_features(embedding: ArrayLike, redshift: ArrayLike, magnitude: ArrayLike, band: str) -> Figure:
+    """Objects in two dimensions (N, 2) of their features, coloured by redshift and by magnitude in ``band``, each (N,)."""
+    x, colours = np.asarray(embedding, np.float64), [np.asarray(values, np.float64) for values in (redshift, magnitude)]
+    if x.ndim != 2 or x.shape[1] != 2 or any(values.shape != (len(x),) for values in colours):
+        raise InputError(f"an embedding of shape {x.shape} with {colours[0].size} redshifts; expected (N, 2), and one for each")
+    figure, panels = new_figure(10.4, 4.6, columns=2)
+    for axes, values, (label, scale) in zip(
+        panels, colours, (("redshift", "viridis"), (f"{band} (AB mag)", "cividis")), strict=True
+    ):
+        low, high = np.nanpercentile(values, (1, 99)) if np.isfinite(values).any() else (0.0, 1.0)
+        dots = axes.scatter(
+            x[:, 0], x[:, 1], c=values, s=max(2.0, min(20.0, 4e4 / max(len(x), 1))), cmap=scale, vmin=low, vmax=high, lw=0
+        )
+        dots.set_rasterized(True)
+        axes.set(xlabel="first dimension", ylabel="second dimension", xticks=[], yticks=[])
+        axes.figure.colorbar(dots, ax=axes, label=label, fraction=0.046, pad=0.03)
     return figure
 
 
