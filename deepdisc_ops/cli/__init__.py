@@ -14,6 +14,7 @@ import typer
 
 import deepdisc_ops
 from deepdisc_ops.cli.archive import archive_app
+from deepdisc_ops.cli.colours import colours
 from deepdisc_ops.cli.compare import compare
 from deepdisc_ops.cli.console import console, progress_bar
 from deepdisc_ops.cli.data import data_app
@@ -58,6 +59,7 @@ members_app.command("features")(features)
 app.command()(pretrain)
 app.command()(predict)
 app.command()(evaluate)
+app.command()(colours)
 app.command()(doctor)
 
 REFERENCE_WORDS = ("out", "reference", "packed", "processes")  # what may be said with --reference
