@@ -3,8 +3,8 @@
 Every variant of a study (`benchmarks.study_list`) trains the preset `small` from the same seed for as many steps as the minutes
 stand for at the speed of the machine that the members of models/ were trained on (`STEPS_PER_MINUTE`), so that the result does not
 hang on how busy another machine is. All are judged on the test split of the frozen sky `lsst_reference`, on the gold galaxies
-(i < 25.3) that every variant found. The same command goes on where it was interrupted: trainings continue, answers that are there
-are used again.
+(i < 25.3) that every variant found. Studies of members ask those of models/lsst-ensemble, and train none. The same command goes on
+where it was interrupted: trainings continue, answers that are there are used again.
 
 Results go to benchmarks/results/study_NAME.json, figures and the page that puts them beside the papers' into docs/; ``--render``
 writes the page anew from the results that are there, without any training.
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,16 +23,18 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from numpy.typing import NDArray
 
 from benchmarks import record, scoring
 from benchmarks.scoring import Judged
-from benchmarks.study_list import STUDIES, Study, Variant
+from benchmarks.study_list import MEMBERS, STUDIES, Sky, Study, Variant
 from benchmarks.study_page import write_page
 from benchmarks.study_sky import Answers, ask, data_set
 from deepdisc_ops.config import TrainingConfig, load
 from deepdisc_ops.inference.calibrating import learn_calibration
-from deepdisc_ops.inference.ensemble import Ensemble, write_ensemble
+from deepdisc_ops.inference.ensemble import DESCRIPTION, Ensemble, read_description, write_ensemble
+from deepdisc_ops.model.precision import computes_bf16
 from deepdisc_ops.photoz.figures import compared_values, write_figure
 from deepdisc_ops.training.loop import train
 
@@ -60,6 +63,7 @@ class Runner:
     def __init__(self, work: Path, data: Path | None, *, steps: int, quick: bool) -> None:
         self.work, self.data, self.steps, self.quick = work, data, steps, quick
         self.cores = os.cpu_count() or 1
+        self.precision = "bf16" if computes_bf16(torch.device("cpu")) else "float32"
 
     def member(self, variant: Variant) -> Path:
         """The best checkpoint of a variant's training; equal trainings of several studies are one."""
@@ -68,7 +72,7 @@ class Runner:
         )
         every = max(1, self.steps // 4)
         settings = [f"data.path={json.dumps(str(dataset.path))}", f"train.steps={self.steps}", f"train.validate_every={every}"]
-        machine = ["train.precision=bf16", f"train.ranks={self.cores}", "train.threads=1", "train.save_every=200"]
+        machine = [f"train.precision={self.precision}", f"train.ranks={self.cores}", "train.threads=1", "train.save_every=200"]
         hasty = ["inference.score_threshold=0.01", "train.batch_size=2"]  # so that next to nothing learned finds something
         overrides = [*settings, *(hasty if self.quick else machine), *variant.overrides]
         config: TrainingConfig = load(Path("small"), overrides)
@@ -83,20 +87,37 @@ class Runner:
         words = [variant.sky, *variant.overrides, f"{self.steps}"]
         return "_".join("".join(c if c.isalnum() else "-" for c in word) for word in words)
 
-    def answers(self, variants: Sequence[Variant]) -> tuple[Answers, Path]:
-        """What the members of some variants say together of the test split, and their ensemble's folder."""
-        name = "+".join(self.name(variant) for variant in variants)
-        folder, file = self.work / "ensembles" / name, self.work / "answers" / f"{name}.npz"
-        members = [self.member(variant) for variant in variants]
-        if not (folder / "ensemble.yaml").is_file():
-            write_ensemble(folder, members)
+    def answers(self, variant: Variant) -> tuple[Answers, Path]:
+        """What the member of a variant says of the test split, and the folder of it as an ensemble."""
+        name = self.name(variant)
+        folder, member = self.work / "ensembles" / name, self.member(variant)
+        if not (folder / DESCRIPTION).is_file():
+            write_ensemble(folder, [member])
+        return self._asked(name, variant.label, variant.sky), folder
+
+    def members(self, count: int) -> tuple[Answers, Path]:
+        """What the first ``count`` members of the published ensemble say together of the test split, and their folder."""
+        name = f"{Path(MEMBERS).name}-{count}"
+        folder, source = self.work / "ensembles" / name, Path(__file__).parents[1] / MEMBERS
+        if not (folder / DESCRIPTION).is_file():
+            description = read_description(source)
+            description["members"] = description["members"][:count]
+            folder.mkdir(parents=True, exist_ok=True)
+            for member in description["members"]:
+                shutil.copy(source / member["file"], folder)
+            (folder / DESCRIPTION).write_text(yaml.safe_dump(description, sort_keys=False))
+        return self._asked(name, name, "as_is"), folder
+
+    def _asked(self, name: str, label: str, sky: Sky) -> Answers:
+        """The answers of an ensemble of the work folder, without its calibration, kept."""
+        file = self.work / "answers" / f"{name}.npz"
         if not file.is_file():
-            ensemble = Ensemble.load(folder)
+            ensemble = Ensemble.load(self.work / "ensembles" / name)
             ensemble.calibration = None
-            dataset = data_set(variants[0].sky, self.data, self.work, quick=self.quick, processes=1, progress=progress("sky"))
+            dataset = data_set(sky, self.data, self.work, quick=self.quick, processes=self.cores, progress=progress("sky"))
             torch.set_num_threads(self.cores)
-            ask(ensemble, dataset, "test", progress(f"{' + '.join(variant.label for variant in variants)}, test")).save(file)
-        return Answers.load(file), folder
+            ask(ensemble, dataset, "test", progress(f"{label}, test")).save(file)
+        return Answers.load(file)
 
 
 def progress(what: str) -> Any:
@@ -117,10 +138,8 @@ def judged(answers: Answers, where: Bools, calibration: Any = None) -> dict[str,
 
 def run(study: Study, runner: Runner) -> dict[str, Any]:
     """All figures of a study."""
-    asked = {variant.label: runner.answers([variant]) for variant in study.variants}
-    if study.ensembles:
-        groups = {count: study.variants[:count] for count in study.ensembles}
-        asked = {f"{count} member{'s' if count > 1 else ''}": runner.answers(group) for count, group in groups.items()}
+    asked = {variant.label: runner.answers(variant) for variant in study.variants}
+    asked |= {f"{count} member{'s' if count > 1 else ''}": runner.members(count) for count in study.ensembles}
     answers = {label: one for label, (one, _) in asked.items()}
     first = next(iter(answers.values()))
     if any(not np.array_equal(one.redshift, first.redshift) for one in answers.values()):
@@ -144,7 +163,9 @@ def run(study: Study, runner: Runner) -> dict[str, Any]:
         "completeness": {label: scoring.rounded(float(one.found[~one.star].mean())) for label, one in answers.items()},
         "overrides": {variant.label: list(variant.overrides) for variant in study.variants},
         "skies": {variant.label: variant.sky for variant in study.variants},
-        "steps": runner.steps,
+        "steps": runner.steps if study.variants else None,
+        "precision": runner.precision if study.variants else None,
+        "members": MEMBERS if study.ensembles else None,
         "batch": 6,
         "test": int((~first.star).sum()),
     }

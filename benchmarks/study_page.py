@@ -18,7 +18,8 @@ otherwise: what differs by less than two errors may be chance. Blurred images ar
 
     $ python -m benchmarks.studies --study NAME --minutes 20
 
-trains, judges and writes this page (`--render`: the page alone). The dotted line is the first variant.
+trains, judges and writes this page (`--render`: the page alone). A minute stands for 240 steps, which took one on the fastest machine
+we had; studies of members train none and ask those of `models/lsst-ensemble`. The dotted line is the first variant.
 """
 
 
@@ -59,4 +60,7 @@ def found(name: str, study: Study, result: Mapping[str, Any]) -> Iterator[str]:
     complete = ", ".join(f"{label} {100 * share:.1f} %" for label, share in figures["completeness"].items())
     yield f"\n*Here.* {figures['common']} galaxies that all found, of {figures['test']}; completeness: {complete}."
     made = f"`{result['command']}`, commit {result['commit']}, {result['date']}"
-    yield f"{figures['steps']} steps of {figures['batch']} crops each; {made}.\n"
+    trained = (
+        f"{figures['steps']} steps of {figures['batch']} crops each" if figures["steps"] else f"Members of `{figures['members']}`"
+    )
+    yield f"{trained}; {made}.\n"
