@@ -1,10 +1,10 @@
 """What networks and catalogues know of redshift: ``python -m benchmarks.information --data lsst_reference [--model FOLDER]``.
 
-A lower bound of the mutual information with redshift, of the gold galaxies (i < 25.3) of the frozen sky's test split: of a network's
-pooled features in the boxes of the truth, before any training and with each member of ``--model``, and of the fluxes measured in
-five apertures of the same images (asinh magnitudes, colours, sizes; what `benchmarks.baselines` learns from). All on the same
-galaxies, through the same UMAP dimensions and flows (`deepdisc_ops.inference.information`). The map of the first member's features
-goes to docs/.
+A lower bound of the mutual information with redshift, on the gold galaxies (i < 25.3) of the frozen sky's test split: of a
+network's pooled features in the boxes of the truth, before any training and with each member of ``--model``, and of the fluxes
+measured in five apertures of the same images (asinh magnitudes, colours, sizes; what `benchmarks.baselines` learns from). All on
+the same galaxies, through as many UMAP dimensions and flows (`deepdisc_ops.inference.information`). The map of the first member's
+features goes to docs/.
 """
 
 from __future__ import annotations

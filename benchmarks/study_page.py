@@ -18,8 +18,8 @@ otherwise: what differs by less than two errors may be chance. Blurred images ar
 
     $ python -m benchmarks.studies --study NAME --minutes 20
 
-trains, judges and writes this page (`--render`: the page alone). A minute stands for 240 steps, which took one on the fastest machine
-we had; studies of members train none and ask those of `models/lsst-ensemble`. The dotted line is the first variant.
+trains, judges and writes this page (`--render`: the page alone). A minute stands for 240 steps, as on the fastest
+machine we had; studies of members train none and ask those of `models/lsst-ensemble`. The dotted line is the first variant.
 """
 
 
