@@ -10,10 +10,12 @@ features goes to docs/.
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import os
 import tempfile
 import time
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -35,13 +37,15 @@ from deepdisc_ops.model.weights import save_member
 from deepdisc_ops.photoz.figures import map_of_features, write_figure
 from deepdisc_ops.training.loop import complete
 
+Table = tuple[NDArray[np.float32], NDArray[np.float64]]
+"""Features (N, D) and redshifts (N,)."""
 SKY = "lsst_reference"
 
 
 def untrained(data: Path) -> Features:
     """What the preset `small` sees before its first step."""
     dataset = open_dataset(data)
-    config: TrainingConfig = load(Path("small"), [f'data.path="{data}"'])
+    config: TrainingConfig = load(Path("small"), [f"data.path={json.dumps(str(data))}"])
     config = complete(config, dataset, dataset.records("train"))
     torch.manual_seed(config.seed)
     with tempfile.TemporaryDirectory() as folder:
@@ -49,16 +53,18 @@ def untrained(data: Path) -> Features:
         return features_of(Path(folder) / "member", data)
 
 
-def common(
-    tables: dict[str, tuple[NDArray[np.float32], NDArray[np.float64]]],
-) -> tuple[dict[str, NDArray[np.float32]], NDArray[np.float64]]:
-    """Features of the galaxies that are in all tables, in one order, and their redshifts; a redshift tells a galaxy."""
-    keys = {name: redshift.astype(np.float32) for name, (_, redshift) in tables.items()}
+def common(tables: Mapping[str, Table]) -> tuple[dict[str, NDArray[np.float32]], NDArray[np.float64]]:
+    """Features (N, D) by name and redshifts (N,) of the galaxies that all tables have, finite, in one order.
+
+    A redshift tells a galaxy.
+    """
+    whole = {name: np.isfinite(values).all(axis=1) for name, (values, _) in tables.items()}
+    keys = {name: redshift[whole[name]].astype(np.float32) for name, (_, redshift) in tables.items()}
     shared = np.array(sorted(set.intersection(*(set(key.tolist()) for key in keys.values()))), np.float32)
     rows = {}
     for name, (values, _) in tables.items():
         unique, first = np.unique(keys[name], return_index=True)
-        rows[name] = values[first[np.searchsorted(unique, shared)]]
+        rows[name] = values[whole[name]][first[np.searchsorted(unique, shared)]]
     return rows, shared.astype(np.float64)
 
 
@@ -86,7 +92,7 @@ def main() -> None:
     looks = {"network, untrained": untrained(arguments.data)}
     for member, entry in enumerate(read_description(arguments.model)["members"]):
         looks[f"network, {entry['name']}"] = features_of(arguments.model, arguments.data, member=member)
-    tables = {name: (one.values, one.redshift) for name, one in looks.items()}
+    tables: dict[str, Table] = {name: (one.values, one.redshift) for name, one in looks.items()}
     tables["fluxes in five apertures"] = (measured_features(gold).astype(np.float32), gold.redshift)
     rows, redshift = common(tables)
     print(f"{len(redshift)} galaxies that all of {len(tables)} have", flush=True)

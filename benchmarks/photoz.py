@@ -237,6 +237,8 @@ def main() -> None:
         figures["alone"] = members(alone, seen, gold, traits)
     if not arguments.quick:
         figures["codes_not_as_frozen"] = unfrozen(codes, sky.name)
+        if figures["codes_not_as_frozen"]:
+            print(f"NOT AS FROZEN in results/baselines.json: {', '.join(figures['codes_not_as_frozen'])}")
     lines = [*report(figures), f"{time.monotonic() - start:.0f} s"]
     found = ratios(figures, codes)
     print("\n".join([*lines, *(f"{name}: {value:g}" for name, value in found.items())]))

@@ -119,7 +119,7 @@ def binned(codes: Mapping[str, Judged], truth: Floats, column: Floats, edges: Se
     """Scatter and outliers of each code, with errors, in bins of a column of the truth (N,); all codes on the same galaxies."""
     rows = []
     for low, high in pairwise(edges):
-        inside = (column >= low) & (column < high)
+        inside = (column >= low) & ((column < high) | ((high == edges[-1]) & (column == high)))
         if inside.sum() < 2:
             continue
         row: dict[str, Any] = {"low": low, "high": high, "n": int(inside.sum())}

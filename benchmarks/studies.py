@@ -33,7 +33,7 @@ from benchmarks.study_page import write_page
 from benchmarks.study_sky import Answers, ask, data_set
 from deepdisc_ops.config import TrainingConfig, load
 from deepdisc_ops.inference.calibrating import learn_calibration
-from deepdisc_ops.inference.ensemble import DESCRIPTION, Ensemble, read_description, write_ensemble
+from deepdisc_ops.inference.ensemble import DESCRIPTION, Ensemble, digest, read_description, write_ensemble
 from deepdisc_ops.model.precision import computes_bf16
 from deepdisc_ops.photoz.figures import compared_values, write_figure
 from deepdisc_ops.training.loop import train
@@ -83,8 +83,8 @@ class Runner:
         return out / "best"
 
     def name(self, variant: Variant) -> str:
-        """Of the folder of a variant: what differs from the preset, and for how many steps."""
-        words = [variant.sky, *variant.overrides, f"{self.steps}"]
+        """Of the folder of a variant: what differs from the preset, for how many steps, in which precision."""
+        words = [variant.sky, *variant.overrides, f"{self.steps}", self.precision]
         return "_".join("".join(c if c.isalnum() else "-" for c in word) for word in words)
 
     def answers(self, variant: Variant) -> tuple[Answers, Path]:
@@ -97,10 +97,13 @@ class Runner:
 
     def members(self, count: int) -> tuple[Answers, Path]:
         """What the first ``count`` members of the published ensemble say together of the test split, and their folder."""
-        name = f"{Path(MEMBERS).name}-{count}"
-        folder, source = self.work / "ensembles" / name, Path(__file__).parents[1] / MEMBERS
+        source = Path(__file__).parents[1] / MEMBERS
+        name = f"{source.name}-{count}-{digest(source).removeprefix('sha256:')[:12]}"
+        folder = self.work / "ensembles" / name
         if not (folder / DESCRIPTION).is_file():
             description = read_description(source)
+            if len(description["members"]) < count:
+                raise SystemExit(f"{source} has {len(description['members'])} members; the study asks {count}")
             description["members"] = description["members"][:count]
             folder.mkdir(parents=True, exist_ok=True)
             for member in description["members"]:
@@ -131,7 +134,7 @@ def progress(what: str) -> Any:
 
 
 def judged(answers: Answers, where: Bools, calibration: Any = None) -> dict[str, Any]:
-    """Scores of the modes and densities at ``where``."""
+    """Scores of the modes and densities at ``where`` (G + S,) bool, as `scoring.scores` names them."""
     mixture = answers.mixture(where, calibration)
     return scoring.scores(Judged.of_mixture(mixture.mode().numpy(), mixture, answers.redshift[where]), answers.redshift[where])
 

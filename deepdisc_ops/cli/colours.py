@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from deepdisc_ops.cli.console import AsJson, console, print_json
+from deepdisc_ops.cli.console import AsJson, console, print_json, short
 
 SHOWN = 5
 
@@ -42,11 +42,10 @@ def colours(
         told = {"objects": len(found.cell), "placed": placed, "represented": near, "spectra": found.matched, "out": out}
         print_json(told)
         return
-    console.print(
-        f"{len(found.cell)} objects, {placed} with all bands; {found.matched} spectra; {near} objects share a cell with one"
-    )
+    spectra_told = f"{found.matched} spectra, {found.placed} of them on the map"
+    console.print(f"{len(found.cell)} objects, {placed} with all bands; {spectra_told}; {near} objects share a cell with one")
     advice = found.advice.as_table()[:SHOWN]
     table = Table(*advice.colnames, title=f"cells that need spectra most, of {len(found.advice.cell)} in {out / 'advice.ecsv'}")
     for row in advice:
-        table.add_row(*(f"{value:.4g}" for value in row))
+        table.add_row(*(short(value.item()) for value in row))
     console.print(table)

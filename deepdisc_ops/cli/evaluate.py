@@ -47,7 +47,7 @@ def evaluate(
     if against:
         paths = [catalog, *against]
         comparison = report.compare_files(paths, truth, out, gold_band=gold_band, gold_limit=gold_limit, seed=seed, formats=formats)
-    run = None if track is None else _log(track, catalog, truth, out, report.tracked(result))
+    run = None if track is None else _log(track, catalog, truth, out, f"{gold_band} < {gold_limit:g}", report.tracked(result))
     if as_json:
         print_json(result.as_dict() | {"against": comparison and comparison.as_dict(), "run": run})
         return
@@ -68,20 +68,22 @@ def evaluate(
         console.print(f"logged as run {run} in {track}")
 
 
-def _log(store: str, catalog: Path, truth: Path, out: Path, figures: dict[str, float]) -> str:
-    """Write an evaluation to a tracking store; the same catalogue against the same truth is the same run. Gives its id."""
+def _log(store: str, catalog: Path, truth: Path, out: Path, cut: str, figures: dict[str, float]) -> str:
+    """Write an evaluation to a tracking store; the same catalogue against the same truth and cut is one run. Gives its id."""
     import hashlib
 
     from deepdisc_ops import tracking
 
-    with catalog.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    digests = []
+    for path in (catalog, truth):
+        with path.open("rb") as file:
+            digests.append(hashlib.file_digest(file, "sha256").hexdigest()[:16])
     tracker = tracking.Tracker(tracking.store_uri(store))
     name = f"{catalog.stem} against {truth.stem}"
     run = tracker.find_or_create(
-        name, ("deepdisc_ops.evaluation", f"{digest}/{truth.name}"), tags={tracking.KIND_TAG: "evaluation"}
+        name, ("deepdisc_ops.evaluation", "/".join([*digests, cut])), tags={tracking.KIND_TAG: "evaluation"}
     )
-    tracker.log_params(run, {"catalog": catalog.name, "truth": truth.name})
+    tracker.log_params(run, {"catalog": catalog.name, "truth": truth.name, "gold": cut})
     tracker.log_summary(run, 0, figures)
     tracker.log_artifact(run, out, "evaluation")
     tracker.end(run)

@@ -25,14 +25,16 @@ def features(
 ) -> None:
     """Map a network's features of galaxies by UMAP, coloured by redshift, and bound what they tell of it (JADES paper).
 
-    The bound, in nats, is one from below: m = E[log q(z | features)] + H(z).
+    The bound, in nats, is one from below: m = E[log q(z | features)] + H(z). Images go through the network whole, and the features
+    of all galaxies lie in memory: cutouts of a survey, not its mosaics, and 50 kB a galaxy for the papers' networks.
 
     Example: `deepdisc-ops members features runs/a/best --data scenes --flows 10`
     """
     from deepdisc_ops.inference.features import features_of
-    from deepdisc_ops.inference.information import embed, mutual_information
+    from deepdisc_ops.inference.information import embed, mutual_information, require_packages
     from deepdisc_ops.photoz.figures import map_of_features, write_figure
 
+    require_packages()
     with progress_bar("looking", 1, "images") as advance:
         seen = features_of(model, data, split, member=member, device=device, progress=lambda done, total: advance(done, "", total))
     seen.save(out / "features.h5")

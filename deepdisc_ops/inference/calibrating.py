@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from deepdisc_ops.data.loader import label
 from deepdisc_ops.data.pixels import read_pixels
-from deepdisc_ops.data.records import DatasetInfo, Record
+from deepdisc_ops.data.records import GALAXY, DatasetInfo, Record
 from deepdisc_ops.data.store import open_dataset
 from deepdisc_ops.errors import CatalogError, CheckpointError
 from deepdisc_ops.inference.ensemble import DESCRIPTION, Ensemble, read_description
@@ -120,7 +120,7 @@ def _seen(ensemble: Ensemble, record: Record, info: DatasetInfo, number: int) ->
     degrees = image.pixel_scale / 3600
     x, y = degrees * found.centres.T
     matches = match_on_sky(degrees * record.objects.x, degrees * record.objects.y, x, y, MATCH_RADIUS_ARCSEC)
-    gold = np.isfinite(labels.redshift[matches.index1])
+    gold = np.isfinite(labels.redshift[matches.index1]) & (record.objects.classes[matches.index1] == GALAXY)
     which = matches.index2[gold]
     weights, means, sigmas = (np.asarray(part[which], np.float64) for part in (found.weights, found.means, found.sigmas))
     redshift = np.asarray(labels.redshift[matches.index1[gold]], np.float64)

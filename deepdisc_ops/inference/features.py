@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from deepdisc_ops.data.loader import label
 from deepdisc_ops.data.pixels import read_pixels
-from deepdisc_ops.data.records import DatasetInfo, Record
+from deepdisc_ops.data.records import GALAXY, DatasetInfo, Record
 from deepdisc_ops.data.store import open_dataset
 from deepdisc_ops.errors import CatalogError, ConfigError
 from deepdisc_ops.inference.engine import Member
@@ -30,7 +30,7 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Features:
-    """Of N gold galaxies: values (N, D), true redshift, magnitude in ``band``, and key of the image each is in, (N,)."""
+    """Of N gold galaxies: values (N, D), true redshift, AB magnitude in ``band``, and key of the image each is in, (N,)."""
 
     values: NDArray[np.float32]
     redshift: NDArray[np.float64]
@@ -100,7 +100,7 @@ def _member(model: Path, number: int, device: str) -> Member:
 def _seen(seer: Member, record: Record, info: DatasetInfo) -> Features:
     config = seer.config
     image, labels = read_pixels(record, config.model.bands, with_wcs=False), label(record.objects, info, config.model, config.data)
-    gold = np.isfinite(labels.redshift)
+    gold = np.isfinite(labels.redshift) & (record.objects.classes == GALAXY)  # a model may have learned stars at z = 0
     values = seer.pooled(image.data, labels.boxes[gold])
     magnitude, band = np.asarray(record.objects.mag[gold], np.float64), config.model.redshift_head.gold_band
     return Features(values, labels.redshift[gold].astype(np.float64), magnitude, np.full(int(gold.sum()), record.key), band)

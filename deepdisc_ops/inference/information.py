@@ -95,7 +95,8 @@ def mutual_information(
     with np.errstate(divide="ignore"):
         entropy = float(differential_entropy(z))
     if not np.isfinite(entropy):
-        raise CatalogError(f"many of the {len(z)} redshifts are equal, as {np.median(z):g}; a continuous quantity is expected")
+        value, count = np.unique(z, return_counts=True)
+        raise CatalogError(f"{count.max()} of the {len(z)} redshifts are {value[count.argmax()]:g}; expected a continuous quantity")
     bounds = []
     for number in range(flows):
         bounds.append(_log_likelihood(x, z, epochs, seed + number) + entropy)
@@ -106,7 +107,7 @@ def mutual_information(
 
 
 def _log_likelihood(x: NDArray[np.float32], z: Floats, epochs: int, seed: int) -> float:
-    """Mean log density, of galaxies that one flow has not seen, at their redshifts."""
+    """Mean log density, of galaxies that one flow has not seen, at their redshifts, nats; of x (N, d) and z (N,)."""
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(z))
     held, kept = np.split(order, [max(1, int(HELD_OUT * len(z)))])
@@ -116,7 +117,8 @@ def _log_likelihood(x: NDArray[np.float32], z: Floats, epochs: int, seed: int) -
         torch.manual_seed(seed)
         flow = _spline_flow()(1, x.shape[1], hidden_features=LAYERS)
     optimiser = torch.optim.Adam(flow.parameters(), RATE)
-    schedule = torch.optim.lr_scheduler.MultiStepLR(optimiser, [round(fall * epochs / EPOCHS) for fall in RATE_FALLS], 0.1)
+    falls = [max(1, round(fall * epochs / EPOCHS)) for fall in RATE_FALLS]
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimiser, falls, 0.1)
     for _ in range(epochs):
         for batch in np.array_split(rng.permutation(kept), -(-len(kept) // BATCH)):
             index = torch.from_numpy(batch)
@@ -131,9 +133,15 @@ def _log_likelihood(x: NDArray[np.float32], z: Floats, epochs: int, seed: int) -
 
 
 def _scaled(x: NDArray[np.float32], kept: NDArray[np.int64]) -> torch.Tensor:
-    """Centred and of unit variance, within the reach of splines."""
+    """Features x (N, d) centred and of unit variance, both of the rows ``kept``, within the reach of splines."""
     width = x[kept].std(axis=0)
     return torch.from_numpy((x - x[kept].mean(axis=0)) / np.where(width > 0, width, 1)).clamp(-REACH, REACH)
+
+
+def require_packages() -> None:
+    """Raises `SetupError` where umap-learn or zuko is missing: before the work that would be lost without them."""
+    _umap()
+    _spline_flow()
 
 
 def _umap() -> Any:

@@ -32,6 +32,7 @@ BLENDEDNESS_EDGES = (0.0, 0.02, 0.05, 0.1, 0.2, 1.0)
 """Most galaxies are hardly blended; of equal counts, no bin would hold the others alone."""
 BLEND_ARCSEC = 2.0
 """Galaxies above the gold limit that are nearer than this to each other are a blend."""
+CREDIBILITIES = (0.68, 0.95)
 BLENDED = 0.2
 """Blendedness above which a galaxy counts as significantly blended (LSST paper)."""
 SAME_ARCSEC = 0.001
@@ -44,14 +45,16 @@ class Evaluation:
 
     Completeness: gold galaxies of the truth matched one-to-one to any catalogue object. Purity: catalogue objects matched
     one-to-one to any truth source. Each has its rate of chance matches: what it would be if catalogue and truth had nothing
-    to do with each other. The redshift figures are of the M matched gold galaxies: ``lsst`` and ``jades`` of the mode,
-    PIT of the mixture cut at z = 0, mean negative log likelihood of the mixture as it is (as in training).
+    to do with each other. The redshift figures are of those of the ``n_matched`` gold galaxies whose redshift the truth knows,
+    M = ``n_judged``: ``lsst`` and ``jades`` of the mode, PIT of the mixture cut at z = 0, mean negative log likelihood of the
+    mixture as it is (as in training).
     ``points``: every estimate the catalogue has (mode, best, median, mean) in the LSST convention; ``densities``: the whole
-    PDFs; ``recovery``: outliers that the second peak saves; ``binned``: the mode against each column of the truth that is
-    there. ``classes``: stars and galaxies among matched objects; ``blends``: groups of gold galaxies within `BLEND_ARCSEC` all
-    found one by one; ``blended``: completeness of those whose blendedness is above `BLENDED`; None where there are none or
-    truth does not say. ``n_duplicates`` sources of the truth, equal to another, were left out. ``sigma_iqr_constant`` is the
-    scatter of always answering ``z_constant``, the mode of the matched galaxies' n(z).
+    PDFs; ``coverage``: galaxies inside their equal-tailed intervals of `CREDIBILITIES`; ``recovery``: outliers that the second
+    peak saves; ``binned``: the mode against each column of the truth that is there. ``classes``: stars and galaxies among matched
+    objects; ``blends``: groups of gold galaxies within `BLEND_ARCSEC` all found one by one; ``blended``: completeness of those
+    whose blendedness is above `BLENDED`; None where there are none or truth does not say. ``n_duplicates`` sources of the truth,
+    equal to another, were left out. ``sigma_iqr_constant`` is the scatter of always answering ``z_constant``, the mode of the
+    judged galaxies' n(z).
     Indices: ``gold_truth`` and ``gold_catalog`` (M,) pairs; ``real`` (N,) bool, catalogue objects matched to any truth
     source; ``is_gold`` and ``found`` (T,) bool, gold galaxies and sources matched to any catalogue object.
     """
@@ -60,6 +63,7 @@ class Evaluation:
     n_truth: int
     n_gold: int
     n_matched: int
+    n_judged: int
     gold_band: str
     gold_limit: float
     radius_arcsec: float
@@ -76,6 +80,7 @@ class Evaluation:
     n_duplicates: int
     points: Mapping[str, metrics.PointMetrics]
     densities: metrics.DensityMetrics
+    coverage: Mapping[str, metrics.Share]
     recovery: metrics.Recovery | None
     binned: Mapping[str, Sequence[metrics.Bin]]
     classes: Sequence[metrics.ClassShares]
@@ -111,7 +116,8 @@ def evaluate(
 ) -> Evaluation:
     """Compare a catalogue with the truth table of the same field, which lists every source above 3 sigma.
 
-    Gold galaxies are those of the truth with mag_<gold_band> < ``gold_limit``. ``rng`` draws the bootstrap samples.
+    Gold galaxies are those of the truth with mag_<gold_band> < ``gold_limit``. Those without a redshift (NaN, masked), as most are
+    in a real field, count in completeness and purity alone. ``rng`` draws the bootstrap samples.
     Raises CatalogError for missing columns, unusable values, fields that do not overlap, and a truth without gold galaxies.
     """
     mag_column = f"mag_{gold_band}"
@@ -132,8 +138,12 @@ def evaluate(
     if not len(found):
         raise CatalogError(_why_no_match(sky, radius_arcsec))
     to_any = match_on_sky(sky[2], sky[3], sky[0], sky[1], radius_arcsec)
-    gold_truth, gold_catalog, any_truth = gold[found.index1], found.index2, once[to_any.index2]
-    z_true = _redshifts(truth, "redshift", gold_truth, "true redshifts")
+    any_truth = once[to_any.index2]
+    known = np.isfinite(_column(truth, "redshift")[gold[found.index1]])
+    if not known.any():
+        raise CatalogError(f"none of the {len(found)} matched gold galaxies has a redshift in the truth; no estimate can be judged")
+    gold_truth, gold_catalog = gold[found.index1[known]], found.index2[known]
+    z_true = _column(truth, "redshift")[gold_truth]
     z_mode = _redshifts(catalog, "z_mode", gold_catalog, "z_mode values")
     lsst, jades = (metrics.point_metrics(z_mode, z_true, convention, rng) for convention in metrics.CONVENTIONS)
     pit, nll, cde = _density_scores(catalog, gold_catalog, z_true)
@@ -148,10 +158,11 @@ def evaluate(
         n_truth=len(once),
         n_gold=len(gold),
         n_matched=len(found),
+        n_judged=len(gold_truth),
         gold_band=gold_band,
         gold_limit=gold_limit,
         radius_arcsec=radius_arcsec,
-        completeness=metrics.completeness(is_gold, gold_truth),
+        completeness=metrics.completeness(is_gold, gold[found.index1]),
         completeness_chance=chance_matches(gold_ra, gold_dec, sky[2], sky[3], radius_arcsec),
         purity=metrics.purity(len(catalog), to_any.index1),
         purity_chance=chance_matches(sky[2], sky[3], sky[0], sky[1], radius_arcsec),
@@ -164,11 +175,12 @@ def evaluate(
         n_duplicates=len(truth) - len(once),
         points={"mode": lsst} | _other_points(catalog, gold_catalog, z_true, rng),
         densities=metrics.density_metrics_of(pit, nll, cde, rng),
+        coverage={f"{level:g}": _covered(pit, level) for level in CREDIBILITIES},
         recovery=_recovery(catalog, gold_catalog, z_mode, z_true),
         binned=_binned(truth, gold_truth, mag_column, z_mode, z_true, rng),
         classes=_classes(catalog, truth, to_any.index1, any_truth),
         blends=_blends(gold_ra, gold_dec, found.index1),
-        blended=_blended(truth, is_gold, gold_truth),
+        blended=_blended(truth, is_gold, gold[found.index1]),
         pit=pit,
         gold_truth=gold_truth,
         gold_catalog=gold_catalog,
@@ -192,6 +204,11 @@ def _density_scores(catalog: Table, index: Indices, z_true: Floats) -> tuple[Flo
     mixture = catalog_mixture(catalog, index)
     z = mixture.means.new_tensor(z_true)
     return mixture.truncated_cdf(z).numpy(), -mixture.log_prob(z).numpy(), cde
+
+
+def _covered(pit: Floats, level: float) -> metrics.Share:
+    """Galaxies whose redshift lies in their equal-tailed interval of ``level``."""
+    return metrics.share(int((metrics.central_levels(pit) <= level).sum()), pit.size, "galaxies with a true redshift")
 
 
 def _other_points(catalog: Table, index: Indices, z_true: Floats, rng: np.random.Generator) -> dict[str, metrics.PointMetrics]:

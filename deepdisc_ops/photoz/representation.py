@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from astropy.table import Table
@@ -85,7 +86,7 @@ class SelfOrganisingMap:
                 names = tuple(str(name) for name in json.loads(str(file["features"])))
                 cells, offset, scale = (np.asarray(file[name], np.float64) for name in ("cells", "offset", "scale"))
                 found = cls(cells, offset, scale, names)
-        except (OSError, KeyError, ValueError) as error:
+        except (OSError, KeyError, ValueError, BadZipFile) as error:
             raise CatalogError(f"{path} cannot be read as a self-organising map ({error}); train it anew") from None
         if found.cells.ndim != 3 or not len(names) == found.cells.shape[2] == found.offset.size == found.scale.size:
             raise CatalogError(f"{path} holds {found.cells.shape} cells for {len(names)} features; train the map anew")

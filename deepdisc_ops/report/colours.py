@@ -39,12 +39,16 @@ MAP, CELLS, ADVICE, FIGURE = "map.npz", "cells.parquet", "advice.ecsv", "map.png
 
 @dataclass(frozen=True)
 class Coverage:
-    """cell and spec_rep (N,): each object's cell, -1 for none, and the spectra in it; matched: M; advice: cells in need."""
+    """cell and spec_rep (N,): each object's cell, -1 for none, and the spectra in it; advice: cells in need.
+
+    matched: M; placed: how many of these have a cell.
+    """
 
     som: SelfOrganisingMap
     cell: Indices
     spec_rep: Indices
     matched: int
+    placed: int
     advice: Advice
 
 
@@ -67,6 +71,9 @@ def map_colours(
     of another field.
     """
     table, measured = read_catalog(catalog), read_table(spectra)
+    if not len(table):
+        raise CatalogError(f"{catalog} is empty; a map takes objects")
+    index, redshift = _matched(table, measured, catalog, spectra)
     som = None if stored is None else SelfOrganisingMap.load(stored)
     names = tuple(bands) or _bands(table, catalog)
     features = colour_features(_magnitudes(table, names, catalog))
@@ -75,9 +82,15 @@ def map_colours(
     elif som.features != colour_names(names):
         raise CatalogError(f"{stored} is a map of {', '.join(som.features)}; {catalog} gives {', '.join(colour_names(names))}")
     cell = som.assign(features)
-    index, redshift = _matched(table, measured, catalog, spectra)
     of_spectra = cell[index]
-    found = Coverage(som, cell, som.spec_rep(cell, of_spectra), len(index), advise(som, cell, of_spectra, redshift, wanted=wanted))
+    found = Coverage(
+        som,
+        cell,
+        som.spec_rep(cell, of_spectra),
+        len(index),
+        int((of_spectra >= 0).sum()),
+        advise(som, cell, of_spectra, redshift, wanted=wanted),
+    )
     out.mkdir(parents=True, exist_ok=True)
     som.save(out / MAP)
     identity = {"id": table["id"]} if "id" in table.colnames else {}
@@ -85,17 +98,17 @@ def map_colours(
     found.advice.as_table().write(out / ADVICE, overwrite=True)
     known = np.full(len(table), np.nan)
     if "z_mode" in table.colnames:
-        known = np.array(np.ma.filled(table["z_mode"], np.nan), np.float64)
+        known = _numbers(table, "z_mode").copy()
     known[index] = redshift
     write_figure(map_of_cells(som, cell, known, of_spectra), out / FIGURE)
     return found
 
 
 def _bands(table: Table, source: Path) -> tuple[str, ...]:
-    """Bands with a flux and its error, or else with a magnitude, in the order of the columns."""
+    """Names of the bands (C) with a flux and its error, or else with a magnitude, in the order of the columns."""
     names = table.colnames
     flux = tuple(name[5:] for name in names if name.startswith("flux_") and f"flux_err_{name[5:]}" in names)
-    found = flux or tuple(name[4:] for name in names if name.startswith("mag_"))
+    found = flux or tuple(name[4:] for name in names if name.startswith("mag_") and not name.startswith("mag_err_"))
     if len(found) < 2:
         raise CatalogError(
             f"{source} has the columns {', '.join(names[:12])}; expected flux_<band> and flux_err_<band>, as `predict` "
@@ -109,11 +122,11 @@ def _magnitudes(table: Table, bands: Sequence[str], source: Path) -> Floats:
     columns = []
     for band in bands:
         if f"flux_{band}" in table.colnames and f"flux_err_{band}" in table.colnames:
-            flux, error = (np.ma.filled(table[f"{kind}_{band}"], np.nan) for kind in ("flux", "flux_err"))
+            flux, error = (_numbers(table, f"{kind}_{band}") for kind in ("flux", "flux_err"))
             magnitude, _, detected = magnitudes(flux, error)
             columns.append(np.where(detected, magnitude, np.nan))
         elif f"mag_{band}" in table.colnames:
-            columns.append(np.array(np.ma.filled(table[f"mag_{band}"], np.nan), np.float64))
+            columns.append(_numbers(table, f"mag_{band}"))
         else:
             raise CatalogError(f"{source} has no flux_{band} with its error and no mag_{band}; name other bands")
     return np.stack(columns, axis=1)
@@ -126,15 +139,21 @@ def _matched(table: Table, measured: Table, catalog: Path, spectra: Path) -> tup
             raise CatalogError(f"{source} has no column {name!r}; expected ra and dec in degrees")
     if "redshift" not in measured.colnames:
         raise CatalogError(f"{spectra} has no column 'redshift'; rename the one that holds it")
-    ra, dec = (np.asarray(table[name], np.float64) for name in ("ra", "dec"))
-    ra_measured, dec_measured = (np.asarray(measured[name], np.float64) for name in ("ra", "dec"))
+    rows = np.flatnonzero(np.isfinite([_numbers(measured, name) for name in ("ra", "dec", "redshift")]).all(axis=0))
+    ra, dec = (_numbers(table, name) for name in ("ra", "dec"))
+    ra_measured, dec_measured, redshift = (_numbers(measured, name)[rows] for name in ("ra", "dec", "redshift"))
+    if not len(rows):
+        raise CatalogError(f"none of the {len(measured)} rows of {spectra} has a position and a redshift; expected some")
     pairs = match_on_sky(ra, dec, ra_measured, dec_measured, RADIUS_ARCSEC)
-    redshift = np.array(np.ma.filled(measured["redshift"], np.nan), np.float64)[pairs.index2]
-    usable = np.isfinite(redshift)
-    if not usable.any():
+    if not len(pairs):
         apart = centre_separation_arcsec(ra, dec, ra_measured, dec_measured) / 3600
         raise CatalogError(
             f"no redshift of {spectra} lies within {RADIUS_ARCSEC:g} arcsec of an object of {catalog}; their centres are "
             f"{apart:.3g} deg apart: are they of the same field and WCS?"
         )
-    return pairs.index1[usable], redshift[usable]
+    return pairs.index1, redshift[pairs.index2]
+
+
+def _numbers(table: Table, name: str) -> Floats:
+    """A column as floats, NaN where it is masked."""
+    return np.asarray(np.ma.filled(np.ma.asarray(table[name]).astype(np.float64), np.nan))

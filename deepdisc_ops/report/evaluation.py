@@ -24,6 +24,8 @@ from deepdisc_ops.sky.images import Mosaic, open_mosaic
 EXAMPLES = 3
 DRAWN = 20_000
 """Objects whose densities are looked at for the figures of all; more change no line."""
+PLACED = {"x", "y", "x0", "y0", "x1", "y1"}
+"""Columns of a catalogue that knows its objects' pixels; one of another program may not."""
 NAMES = {"mag": "AB mag", "ebv": "E(B-V)", "psf_fwhm": "PSF FWHM (arcsec)", "redshift": "true redshift"}
 
 
@@ -60,8 +62,9 @@ def evaluate_files(
     objects = object_columns(result, catalog, truth, page_objects)
     with _pixels(truth_path) as mosaic:
         sheets = None
-        if mosaic is not None:
+        if mosaic is not None and set(catalog.colnames) >= PLACED:
             draw_picture(mosaic, catalog, out / "picture.png", result.real)
+        if mosaic is not None and np.isfinite(objects.x).any():
             sheets = thumbnail_sheets(mosaic, objects.x, objects.y)
     pictures = {name: out / f"{name}.png" for name in (*drawn, "picture") if (out / f"{name}.png").is_file()}
     title = f"{catalog_path.name} against {truth_path.name}"
@@ -115,9 +118,12 @@ def tracked(result: Evaluation) -> dict[str, float]:
 def rows(result: Evaluation) -> Iterator[tuple[str, str]]:
     """Name and value of every figure, for a table."""
     lsst, jades, densities = result.lsst, result.jades, result.densities
+    unknown = (
+        f", {result.n_matched - result.n_judged} of these without a true redshift" if result.n_judged < result.n_matched else ""
+    )
     copies = f", {result.n_duplicates} listed twice" if result.n_duplicates else ""
-    yield "objects", f"{result.n_catalog} in the catalogue, {result.n_truth} true above 3 sigma{copies}"
-    yield f"gold galaxies ({result.gold_band} < {result.gold_limit:g})", f"{result.n_gold}, {result.n_matched} matched"
+    yield "objects", f"{result.n_catalog} in the catalogue, {result.n_truth} in the truth{copies}"
+    yield f"gold galaxies ({result.gold_band} < {result.gold_limit:g})", f"{result.n_gold}, {result.n_matched} matched{unknown}"
     completeness, purity = result.completeness, result.purity
     yield "completeness of gold", f"{_share(completeness)} (by chance {result.completeness_chance:.3f})"
     yield "purity", f"{_share(purity)} (by chance {result.purity_chance:.3f})"
@@ -137,6 +143,8 @@ def rows(result: Evaluation) -> Iterator[tuple[str, str]]:
             yield f"{name}: bias, sigma_IQR, outliers", f"{point.bias:+.4f}, {point.sigma_iqr:.4f}, {point.outlier_fraction:.4f}"
     if result.recovery is not None:
         yield "outliers that the second peak saves", _share(result.recovery.all)
+    for level, covered in result.coverage.items():
+        yield f"inside their interval of {100 * float(level):g} %", _share(covered)
     yield "CDE loss", _estimate(densities.cde_loss, 3)
     yield "PIT KS", _estimate(densities.ks, 4)
     yield "PIT CvM", _estimate(densities.cvm, 3)

@@ -42,7 +42,7 @@ def write_page(
         binned=result.binned,
         figures=images,
         count=len(objects.names),
-        matched=result.n_matched,
+        matched=result.n_judged,
         data=page_data(objects, bool(sheets)),
         sheets=sheets or (),
     )

@@ -23,8 +23,8 @@ RUN_ELSEWHERE = {
     "README.md": "scripts/demo runs this chain: tests/integration/test_demo.py",
     "CONTRIBUTING.md": "scripts/check, scripts/test and this folder are what it speaks of",
     "models/README.md": "trainings of an hour and more; tests/test_models.py looks at what they gave",
-    "docs/evaluation.md": "tests/report and tests/photoz run it",
-    "docs/studies.md": "programs of benchmarks/, and what tests/photoz tests of them",
+    "docs/evaluation.md": "tests/report, tests/photoz and tests/inference/test_features.py run it",
+    "docs/studies.md": "programs of benchmarks/, trainings of an hour",
     "docs/rail.md": "tests/rail runs it",
 }
 """Pages that are not marked in themselves, and who runs what they show."""

@@ -170,13 +170,41 @@ def test_an_empty_catalogue_and_a_truth_without_gold(tables: tuple[Table, Table]
         run(catalog, truth, gold_limit=12.0)
 
 
-@pytest.mark.parametrize(("which", "column", "message"), [(0, "z_mode", "z_mode values"), (1, "redshift", "true redshifts")])
-def test_redshifts_that_are_nan_are_counted(tables: tuple[Table, Table], which: int, column: str, message: str) -> None:
-    changed = [table.copy() for table in tables]
-    evaluation = run(*tables)
-    changed[which][column][(evaluation.gold_catalog, evaluation.gold_truth)[which][:7]] = np.nan
-    with pytest.raises(CatalogError, match=f"7 of the {evaluation.n_matched} {message}"):
-        run(*changed)
+def test_estimates_that_are_nan_are_counted(tables: tuple[Table, Table], evaluation: Evaluation) -> None:
+    catalog = tables[0].copy()
+    catalog["z_mode"][evaluation.gold_catalog[:7]] = np.nan
+    with pytest.raises(CatalogError, match=f"7 of the {evaluation.n_matched} z_mode values"):
+        run(catalog, tables[1])
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_galaxies_without_a_spectrum_count_in_completeness_alone(
+    tables: tuple[Table, Table], evaluation: Evaluation, *, masked: bool
+) -> None:
+    """As in a real field: figures of redshifts are those of the galaxies whose redshift is known."""
+    catalog, truth = tables[0], Table(tables[1], masked=True)
+    dark = evaluation.gold_truth[::3]
+    if masked:
+        truth["redshift"].mask[dark] = True
+    else:
+        truth["redshift"][dark] = np.nan
+    some = run(catalog, truth)
+    assert (some.n_matched, some.n_judged) == (evaluation.n_matched, evaluation.n_matched - len(dark))
+    assert (some.completeness, some.purity) == (evaluation.completeness, evaluation.purity)
+    rest = np.setdiff1d(np.arange(evaluation.n_matched), np.arange(0, evaluation.n_matched, 3))
+    np.testing.assert_array_equal(some.gold_truth, evaluation.gold_truth[rest])
+    np.testing.assert_allclose(some.pit, evaluation.pit[rest])
+    assert some.lsst.n == len(rest)
+    truth["redshift"] = np.nan
+    with pytest.raises(CatalogError, match=f"none of the {evaluation.n_matched} matched gold galaxies has a redshift"):
+        run(catalog, truth)
+
+
+def test_calibrated_intervals_hold_their_share(evaluation: Evaluation) -> None:
+    for level, covered in evaluation.coverage.items():
+        assert covered.value == pytest.approx(float(level), abs=4 * covered.error)
+        inside = np.abs(evaluation.pit - 0.5) * 2 <= float(level)
+        assert covered.value == inside.mean()
 
 
 def test_sources_listed_twice_count_once(tables: tuple[Table, Table], evaluation: Evaluation) -> None:

@@ -61,7 +61,7 @@ def test_red_galaxies_are_represented_and_blue_ones_wanted(catalog: Path, spectr
     np.testing.assert_array_equal(kept["id"], np.arange(N))
     advice = Table.read(catalog.parent / "colours" / "advice.ecsv")
     assert advice["objects"].sum() == N - 1
-    assert advice["spectra"].sum() == 40
+    assert advice["spectra"].sum() == found.placed == 40
 
 
 def test_a_stored_map_gives_the_same_cells(catalog: Path, spectra: Path) -> None:
@@ -85,6 +85,20 @@ def test_magnitudes_serve_where_there_are_no_fluxes(catalog: Path, spectra: Path
         made(other, spectra, bands=("z", "y"))
 
 
+def test_errors_of_magnitudes_are_no_bands_and_masked_rows_no_spectra(catalog: Path, spectra: Path) -> None:
+    table = read_catalog(catalog)
+    magnitude = {f"mag_{band}": 31.4 - 2.5 * np.log10(np.maximum(table[f"flux_{band}"], 1)) for band in BANDS}
+    errors = {f"mag_err_{band}": np.full(N, 0.1) for band in BANDS}
+    write_catalog(Table({"ra": table["ra"], "dec": table["dec"], **magnitude, **errors}), catalog.with_name("errors.parquet"))
+    measured = Table(Table.read(spectra), masked=True)
+    measured["redshift"].mask[:10] = True
+    measured["ra"].mask[10:15] = True
+    measured.write(catalog.with_name("masked.fits"))
+    found = made(catalog.with_name("errors.parquet"), catalog.with_name("masked.fits"))
+    assert found.som.features == ("z", "r - g", "i - r", "z - i")
+    assert found.matched == 25
+
+
 def test_bad_tables_are_told(catalog: Path, spectra: Path) -> None:
     table = Table.read(spectra)
     faults = {
@@ -97,6 +111,9 @@ def test_bad_tables_are_told(catalog: Path, spectra: Path) -> None:
         faulty.write(catalog.with_name("faulty.fits"), overwrite=True)
         with pytest.raises(CatalogError, match=message):
             made(catalog, catalog.with_name("faulty.fits"))
+    write_catalog(read_catalog(catalog)[:0], catalog.with_name("empty.parquet"))
+    with pytest.raises(CatalogError, match=r"empty\.parquet is empty"):
+        made(catalog.with_name("empty.parquet"), spectra)
     write_catalog(read_catalog(catalog)["ra", "dec", "flux_g"], catalog.with_name("bare.parquet"))
     with pytest.raises(CatalogError, match="expected flux_<band> and flux_err_<band>"):
         made(catalog.with_name("bare.parquet"), spectra)

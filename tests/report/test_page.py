@@ -135,6 +135,17 @@ def test_a_truth_without_pixels_has_a_page_without_pictures(folder: Path, spaced
         evaluate_files(folder / "a & b.parquet", spaced / "truth.ecsv", spaced / "out", formats=("gif",))
 
 
+def test_a_catalogue_of_another_program_has_a_page_without_boxes(folder: Path, spaced: Path) -> None:
+    """It knows positions on the sky and densities, but no pixels."""
+    catalog = read_catalog(folder / "a & b.parquet")
+    catalog.keep_columns(["ra", "dec", "z_mode", "mix_weights", "mix_means", "mix_sigmas"])
+    write_catalog(catalog, spaced / "bare.parquet")
+    result = evaluate_files(spaced / "bare.parquet", folder / "sky.fits", spaced / "out", gold_limit=26.5)
+    assert result.n_judged > 10
+    assert "bare.parquet against sky.fits" in (spaced / "out" / "index.html").read_text()
+    assert not (spaced / "out" / "picture.png").exists()
+
+
 @needs_chromium
 def test_chromium_sorts_and_filters(folder: Path, result: Evaluation) -> None:
     path = folder / "out" / "index.html"
