@@ -1,0 +1,111 @@
+"""The parts of the programs of benchmarks/ that take no training: what they compare, keep and write."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import metrics, photoz, record, scoring, study_page
+from benchmarks.information import common
+from benchmarks.scoring import Judged
+from benchmarks.studies import aligned
+from benchmarks.study_list import STUDIES
+from benchmarks.study_sky import Answers
+
+
+@pytest.fixture
+def judged(rng: np.random.Generator) -> tuple[Judged, np.ndarray]:
+    """What a code says of 200 galaxies, and their true redshifts."""
+    truth = rng.uniform(0.2, 1.5, 200)
+    return Judged(truth + 0.03 * rng.standard_normal(200), rng.random(200), rng.normal(size=200), rng.normal(size=200)), truth
+
+
+def test_features_are_compared_on_the_galaxies_that_all_have(rng: np.random.Generator) -> None:
+    redshift = rng.uniform(0, 2, 30)
+    features = rng.normal(size=(30, 3)).astype(np.float32)
+    broken = features.copy()
+    broken[4, 1] = np.nan
+    order = rng.permutation(30)[:25]
+    rows, z = common({"all": (features, redshift), "broken": (broken, redshift), "some": (features[order], redshift[order])})
+    expected = np.setdiff1d(order, [4])
+    assert len(z) == len(expected)
+    assert (np.diff(z) > 0).all()
+    for values in rows.values():
+        np.testing.assert_array_equal(values, features[expected[np.argsort(redshift[expected])]])
+
+
+def test_answers_are_kept_and_those_of_other_galaxies_refused(judged: tuple[Judged, np.ndarray], spaced: Path) -> None:
+    one, truth = judged
+    told = scoring.keep(one, truth, spaced / "code.npz")
+    again = scoring.read(spaced / "code.npz", truth)
+    assert scoring.digest(again) == told
+    np.testing.assert_array_equal(again.pit, one.pit)
+    assert scoring.digest(one.select(np.arange(199))) != told
+    with pytest.raises(ValueError, match="about other galaxies than these 200"):
+        scoring.read(spaced / "code.npz", truth[::-1])
+
+
+def test_every_galaxy_is_in_one_bin_that_at_the_last_edge_too(judged: tuple[Judged, np.ndarray]) -> None:
+    one, truth = judged
+    column = np.linspace(0, 1, 200)
+    rows = scoring.binned({"code": one}, truth, column, (0.0, 0.5, 1.0))
+    assert [row["n"] for row in rows] == [100, 100]
+
+
+def test_codes_that_changed_since_they_were_frozen_are_named(
+    judged: tuple[Judged, np.ndarray], spaced: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(record, "RESULTS", spaced)
+    one, _ = judged
+    kept = {"figures": {"sky": {"codes": {"bpz": {"digest": scoring.digest(one)}}}}}
+    (spaced / "baselines.json").write_text(json.dumps(kept))
+    assert photoz.unfrozen({"bpz": one}, "sky") == []
+    assert photoz.unfrozen({"bpz": one.select(np.arange(50)), "other": one}, "sky") == ["bpz", "other"]
+    assert photoz.unfrozen({"bpz": one}, "another sky") == ["bpz"]
+
+
+def answers(redshift: np.ndarray) -> Answers:
+    n = len(redshift)
+    mixture = (np.ones((n, 1)), redshift[:, None], np.full((n, 1), 0.1))
+    return Answers(redshift, 20 + redshift, np.zeros(n, bool), np.ones(n, bool), *mixture)
+
+
+def test_skies_of_two_depths_are_compared_source_by_source() -> None:
+    found = aligned({"deep": answers(np.array([0.3, 0.1, 0.7, 0.5])), "shallow": answers(np.array([0.7, 0.1, 0.3]))})
+    for one in found.values():
+        np.testing.assert_array_equal(one.redshift, [0.1, 0.3, 0.7])
+        np.testing.assert_array_equal(one.means[:, 0], one.redshift)
+
+
+def test_the_page_has_a_section_for_every_study_run_or_not(judged: tuple[Judged, np.ndarray], spaced: Path) -> None:
+    figures = {
+        "variants": {"5 years": scoring.scores(*judged)},
+        "common": 150,
+        "completeness": {"5 years": 0.9},
+        "steps": 960,
+        "members": None,
+        "batch": 6,
+        "test": 200,
+    }
+    result = {"figures": figures, "command": "python -m benchmarks.studies", "commit": "abc", "date": "2026-01-01"}
+    (spaced / "study_depth.json").write_text(json.dumps(result))
+    text = study_page.write_page(spaced, spaced / "docs" / "studies.md").read_text()
+    assert text.count("\n## ") == len(STUDIES)
+    assert text.count("Not run yet") == len(STUDIES) - 1
+    assert "| 5 years | " in text
+    assert "150 galaxies that all found, of 200; completeness: 5 years 90.0 %" in text
+    assert "960 steps of 6 crops each; `python -m benchmarks.studies`, commit abc" in text
+
+
+def test_the_statistics_of_a_survey_on_a_small_one() -> None:
+    """Densities that are right by construction; the limits of time and memory are those of the kept result."""
+    found = metrics.measure(4000)
+    assert found["ks"] < 1.95 / np.sqrt(4000)
+    assert found["objects"] == 4000
+    lists = metrics.measure_lists(4000)
+    assert lists["sky_matched"] > 0.99
+    assert lists["box_matched"] > 0.99
+    assert lists["cells_used"] > 500
