@@ -268,6 +268,26 @@ def test_samples_follow_the_truncated_cdf() -> None:
         assert kstest(row.numpy(), "uniform").pvalue > 1e-3
 
 
+def test_a_mixture_is_recovered_from_what_was_drawn_of_it() -> None:
+    """Fitted by the likelihood that training minimises, from another start."""
+    weights, means, sigmas = [0.5, 0.3, 0.2], [0.4, 1.0, 2.0], [0.05, 0.1, 0.2]
+    truth = GaussianMixture.from_arrays(*(np.array([part]) for part in (weights, means, sigmas)))
+    z = torch.from_numpy(truth.sample(np.random.default_rng(3), 4000)[0])
+    parts = [torch.tensor([start], dtype=torch.float64, requires_grad=True) for start in ([0.0] * 3, [0.2, 1.2, 1.8], [-1.5] * 3)]
+    optimiser = torch.optim.Adam(parts, 0.04)
+    for _ in range(300):
+        optimiser.zero_grad()
+        loss = -GaussianMixture(*(part.expand(len(z), 3) for part in parts)).log_prob(z).mean()
+        loss.backward()
+        optimiser.step()
+    logits, found_means, log_sigmas = (part.detach()[0] for part in parts)
+    np.testing.assert_allclose(torch.softmax(logits, 0), weights, atol=4 * np.sqrt(0.25 / 4000))
+    np.testing.assert_allclose(found_means, means, atol=4 * 0.2 / np.sqrt(0.2 * 4000))
+    np.testing.assert_allclose(log_sigmas.exp(), sigmas, rtol=4 / np.sqrt(2 * 0.2 * 4000))
+    made_of = GaussianMixture(*(part.expand(len(z), 3) for part in (truth.logits, truth.means, truth.log_sigmas)))
+    assert loss.item() <= -made_of.log_prob(z).mean().item()
+
+
 def test_the_same_seed_draws_the_same_samples() -> None:
     mixture = random_mixture(3, 4, seed=14)
     np.testing.assert_array_equal(*(mixture.sample(np.random.default_rng(1), 5) for _ in range(2)))
