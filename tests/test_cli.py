@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import typer
 from astropy.io import fits
+from typer.testing import CliRunner
 
 from deepdisc_ops import cli
 
@@ -251,6 +252,17 @@ def test_a_run_whose_disk_fills_up_goes_on(
     for name in one.colnames:
         np.testing.assert_array_equal(one[name], other[name])
     assert {path.name for path in spaced.iterdir()} == {"whole.fits", "c.fits"}
+
+
+def test_members_are_gathered_as_they_are_to_be_combined(tiny_checkpoints: list[Path], spaced: Path) -> None:
+    from deepdisc_ops.inference.ensemble import read_description
+
+    words = ["members", "gather", *map(str, tiny_checkpoints), "--out", str(spaced / "both")]
+    for overrides, match in (([], "intersection"), (["--set", "match=majority"], "majority")):
+        result = CliRunner().invoke(cli.app, [*words, *overrides])
+        assert result.exit_code == 0, result.output
+        assert read_description(spaced / "both")["combination"]["match"] == match
+    assert CliRunner().invoke(cli.app, [*words, "--set", "match=most"]).exit_code != 0
 
 
 def test_a_member_is_tuned(

@@ -99,14 +99,19 @@ def members_gather(
     checkpoints: Annotated[list[Path], typer.Argument(help="Checkpoint folders (RUN/best).")],
     out: Annotated[Path, typer.Option(help="The ensemble folder to write.")],
     half: Annotated[bool, typer.Option("--half", help="Store weights in 16 bits: half the size.")] = False,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="How members are combined, as in match=majority; may be repeated.")
+    ] = None,
 ) -> None:
     """Gather checkpoints into an ensemble folder, which `predict` and `archive build` take.
 
-    Example: `deepdisc-ops members gather runs/1/best runs/2/best --out ensemble --half`
+    Example: `deepdisc-ops members gather runs/1/best runs/2/best --out ensemble --half --set match=union`
     """
+    from deepdisc_ops.config import EnsembleSettings, load
     from deepdisc_ops.inference.ensemble import write_ensemble
 
-    write_ensemble(out, checkpoints, half=half)
+    settings: EnsembleSettings = load(None, overrides or (), EnsembleSettings)
+    write_ensemble(out, checkpoints, half=half, settings=settings)
     console.print(f"{out}: {len(checkpoints)} members, {sum(f.stat().st_size for f in out.iterdir()) / 1e6:.1f} MB")
 
 
