@@ -7,7 +7,7 @@ sources. Glossary: G gold galaxies of a scene, K components.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 
@@ -63,6 +63,20 @@ class Seen:
         mixtures = (np.concatenate([getattr(one, name) for one in scenes]) for name in ("weights", "means", "sigmas"))
         counts = (sum(getattr(one, name) for one in scenes) for name in ("detections", "false", "false_wide"))
         return cls(*columns, *mixtures, *counts)
+
+    def save(self, file: Path) -> None:
+        """Into a .npz file, whole or not at all."""
+        unfinished = file.with_name(f".{file.name}")
+        with unfinished.open("wb") as stream:
+            np.savez_compressed(stream, **{field.name: getattr(self, field.name) for field in fields(self)})
+        unfinished.replace(file)
+
+    @classmethod
+    def load(cls, file: Path) -> Seen:
+        """What `save` wrote."""
+        with np.load(file) as columns:
+            found = {name: columns[name] for name in columns.files}
+        return cls(**{name: int(value) if value.ndim == 0 else value for name, value in found.items()})
 
     def mixture(self, where: Bools, calibration: Calibration | None = None) -> GaussianMixture:
         """The densities of the galaxies at ``where``, all of them found, recalibrated if that is given."""

@@ -33,7 +33,7 @@ from benchmarks.looking import RADIUS_ARCSEC, WIDE_ARCSEC, Look, Seen, look
 from benchmarks.reference_sky import counted
 from benchmarks.scoring import BLENDED, EDGES, Judged
 from deepdisc_ops.data.reference import ReferenceSky, check_reference, load_reference, reference_names
-from deepdisc_ops.inference.ensemble import read_description
+from deepdisc_ops.inference.ensemble import digest, read_description
 from deepdisc_ops.photoz.calibration import Calibration
 from deepdisc_ops.photoz.figures import binned_statistics, redshift_scatter, write_figure
 from deepdisc_ops.photoz.metrics import (
@@ -53,11 +53,15 @@ SHORT = {"gradient_boosting": "gbm"}
 """Codes whose ratios have a shorter name."""
 
 
-def looks(sky: ReferenceSky, model: Path, member: int | None, scenes: int, pool: Executor) -> Seen:
-    """All test scenes, seen by an ensemble or by one member of it."""
-    tasks = [Look(sky, index, model, member) for index in range(scenes)]
+def looks(sky: ReferenceSky, model: Path, member: int | None, scenes: int, pool: Executor, work: Path) -> Seen:
+    """All test scenes, seen by an ensemble or by one member of it; what the work folder holds is not looked at again."""
     title = "test scenes" if member is None else f"test scenes, member {member}"
-    return Seen.together(list(counted(pool.map(look, tasks), scenes, title)))
+    which = "all" if member is None else f"member{member}"
+    file = work / f"{sky.name}_{scenes}_{digest(model).removeprefix('sha256:')[:16]}_{which}.npz"
+    if not file.is_file():
+        tasks = [Look(sky, index, model, member) for index in range(scenes)]
+        Seen.together(list(counted(pool.map(look, tasks), scenes, title))).save(file)
+    return Seen.load(file)
 
 
 def estimates(seen: Seen, where: Bools, truth: Floats, calibration: Calibration | None) -> dict[str, Judged]:
@@ -229,9 +233,13 @@ def main() -> None:
         gold = read_gold(sky, "test", arguments.work, quick=arguments.quick, pool=pool)
         traits = read_traits(sky, arguments.work, quick=arguments.quick, pool=pool)
         codes = read_baselines(arguments.baselines / (f"{sky.name}-quick" if arguments.quick else sky.name), gold.redshift)
-        seen = looks(sky, model, None, scenes, pool)
+        seen = looks(sky, model, None, scenes, pool, arguments.work)
         count = len(description["members"])
-        alone = [looks(sky, model, member, scenes, pool) for member in range(count)] if arguments.each and count > 1 else []
+        alone = (
+            [looks(sky, model, member, scenes, pool, arguments.work) for member in range(count)]
+            if arguments.each and count > 1
+            else []
+        )
     figures = judge(seen, gold, traits, codes, calibration) | {"members": count}
     if alone:
         figures["alone"] = members(alone, seen, gold, traits)
