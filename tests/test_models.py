@@ -29,6 +29,22 @@ def catalogue(model: str, image: Path, out: Path, **options: object) -> None:
     write_catalog(table, out)
 
 
+def test_the_lsst_ensemble_is_three_calibrated_members_that_agree(spaced: Path) -> None:
+    """Its members went on from `lsst-small`: together they find what that finds, with densities no worse."""
+    assert len(Ensemble.load(MODELS / "lsst-ensemble").seats) == 3
+    assert Ensemble.load(MODELS / "lsst-ensemble").calibration is not None
+    write_scene(simulate_scene(SkySettings(), size=768, seed=4343), spaced / "sky.fits")
+    told = {}
+    for model in ("lsst-small", "lsst-ensemble"):
+        catalogue(model, spaced / "sky.fits", spaced / f"{model}.parquet")
+        told[model] = evaluate_files(spaced / f"{model}.parquet", spaced / "sky.fits", spaced / model)
+    one, three = told["lsst-small"], told["lsst-ensemble"]
+    assert set(read_catalog(spaced / "lsst-ensemble.parquet")["n_members"]) == {2, 3}
+    assert three.completeness.value >= one.completeness.value - 0.02
+    assert three.purity.value >= one.purity.value
+    assert three.mean_nll <= one.mean_nll + 0.02
+
+
 def test_the_lsst_member_on_a_sky_it_has_not_seen(spaced: Path) -> None:
     write_scene(simulate_scene(SkySettings(), size=1024, seed=4242), spaced / "sky.fits")
     catalogue("lsst-small", spaced / "sky.fits", spaced / "catalog.parquet")
