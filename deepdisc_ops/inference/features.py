@@ -1,6 +1,6 @@
 """What a member's redshift head is shown of the gold galaxies of a data set: pooled features of their catalogued boxes.
 
-Boxes are those of the truth, so that networks are compared on the same objects, found or not (JADES paper, section 5). Glossary:
+Boxes are those of the truth, so that networks are compared on the same objects, found or not (JADES paper). Glossary:
 N galaxies, D features: channels times pooled cells.
 """
 
@@ -57,6 +57,8 @@ class Features:
         """What `save` wrote."""
         try:
             with h5py.File(file, "r") as store:
+                if store.attrs.get("format") != FORMAT:
+                    raise CatalogError(f"{file} is of another format than {FORMAT}; write it again")
                 values, redshift, magnitude = (store[name][()] for name in ("features", "redshift", "magnitude"))
                 return cls(values, redshift, magnitude, store["image"].asstr()[()].astype(np.str_), str(store.attrs["band"]))
         except (OSError, KeyError) as error:

@@ -1,6 +1,6 @@
 """How much a network's features tell of redshift: their map by UMAP, and a lower bound of their mutual information with it.
 
-The bound is that of the JADES paper (section 5): m = E[log q(z | features)] + H(z), with the density q of normalising flows, of
+The bound is that of the JADES paper: m = E[log q(z | features)] + H(z), with the density q of normalising flows, of
 features brought to a few dimensions by UMAP. Glossary: N galaxies, D features, d dimensions of an embedding.
 """
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -67,6 +68,10 @@ def test_they_are_those_of_the_splits_gold_galaxies(seen: Features, scenes: Path
     np.testing.assert_array_equal(loaded.values, seen.values)
     np.testing.assert_array_equal(loaded.image, seen.image)
     assert (loaded.band, len(loaded)) == ("i", len(seen))
+    with h5py.File(spaced / "features.h5", "a") as store:
+        store.attrs["format"] = 99
+    with pytest.raises(CatalogError, match="another format than 1; write it again"):
+        Features.load(spaced / "features.h5")
     (spaced / "features.h5").write_bytes(b"none")
     with pytest.raises(CatalogError, match="holds no features.*members features"):
         Features.load(spaced / "features.h5")

@@ -42,8 +42,10 @@ def spectra(catalog: Path) -> Path:
     return catalog.parent / "specz.fits"
 
 
-def made(catalog: Path, spectra: Path, out: str = "colours", **changes: object) -> Coverage:
-    return map_colours(catalog, spectra, catalog.parent / out, side=4, steps=2000, **changes)  # type: ignore[arg-type]
+def made(
+    catalog: Path, spectra: Path, out: str = "colours", *, stored: Path | None = None, bands: tuple[str, ...] = ()
+) -> Coverage:
+    return map_colours(catalog, spectra, catalog.parent / out, stored=stored, bands=bands, side=4, steps=2000)
 
 
 def test_red_galaxies_are_represented_and_blue_ones_wanted(catalog: Path, spectra: Path) -> None:
