@@ -1,10 +1,10 @@
 """The papers' studies, small but true: ``python -m benchmarks.studies --study NAME [--minutes 20] [--data FOLDER]``.
 
-Every variant of a study (`benchmarks.study_list`) trains the preset `small` from the same seed for as many steps as the minutes
-stand for at the speed of the machine that the members of models/ were trained on (`STEPS_PER_MINUTE`), so that the result does not
-hang on how busy another machine is. All are judged on the test split of the frozen sky `lsst_reference`, on the gold galaxies
-(i < 25.3) that every variant found. Studies of members ask those of models/lsst-ensemble, and train none. The same command goes on
-where it was interrupted: trainings continue, answers that are there are used again.
+Every variant of a study (`benchmarks.study_list`) trains the preset `small`, from the same seed or from the same member of models/,
+for as many steps as the minutes stand for at the speed of the machine that those members were trained on (`STEPS_PER_MINUTE`), so
+that the result does not hang on how busy another machine is. All are judged on the test split of the frozen sky `lsst_reference`,
+on the gold galaxies (i < 25.3) that every variant found. Studies of members ask those of models/lsst-ensemble, and train none. The
+same command goes on where it was interrupted: trainings continue, answers that are there are used again.
 
 Results go to benchmarks/results/study_NAME.json, figures and the page that puts them beside the papers' into docs/; ``--render``
 writes the page anew from the results that are there, without any training.
@@ -25,10 +25,11 @@ import numpy as np
 import torch
 import yaml
 from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
 
 from benchmarks import record, scoring
 from benchmarks.scoring import Judged
-from benchmarks.study_list import MEMBERS, STUDIES, Sky, Study, Variant
+from benchmarks.study_list import MEMBERS, START, STUDIES, TUNING, Sky, Study, Variant
 from benchmarks.study_page import write_page
 from benchmarks.study_sky import Answers, ask, data_set
 from deepdisc_ops.config import TrainingConfig, load
@@ -62,10 +63,10 @@ class Runner:
 
     def __init__(self, work: Path, data: Path | None, *, steps: int, quick: bool) -> None:
         self.work, self.data, self.steps, self.quick = work, data, steps, quick
-        self.cores = os.cpu_count() or 1
+        self.cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self.precision = "bf16" if computes_bf16(torch.device("cpu")) else "float32"
 
-    def member(self, variant: Variant) -> Path:
+    def member(self, variant: Variant, tuned: bool) -> Path:
         """The best checkpoint of a variant's training; equal trainings of several studies are one."""
         dataset = data_set(
             variant.sky, self.data, self.work, quick=self.quick, processes=self.cores, progress=progress(f"sky {variant.sky}")
@@ -76,21 +77,38 @@ class Runner:
         hasty = ["inference.score_threshold=0.01", "train.batch_size=2"]  # so that next to nothing learned finds something
         overrides = [*settings, *(hasty if self.quick else machine), *variant.overrides]
         config: TrainingConfig = load(Path("small"), overrides)
-        out = self.work / "runs" / self.name(variant)
+        if tuned:
+            start = self.start(config.model.bands)
+            config = load(Path("small"), [*overrides, f"model.weights={json.dumps(str(start))}", *TUNING])
+        out = self.work / "runs" / self.name(variant, tuned)
         train(
             config, out, report=lambda step, found: print(f"{variant.label}: step {step}, NLL {found['val_nll']:.3f}", flush=True)
         )
         return out / "best"
 
-    def name(self, variant: Variant) -> str:
+    def start(self, bands: Sequence[str]) -> Path:
+        """The weights of `START`, its first convolution without the bands that are not among ``bands``."""
+        source = Path(__file__).parents[1] / START
+        description = read_description(source)
+        file = self.work / "starts" / f"{''.join(bands)}.safetensors"
+        if not file.is_file():
+            tensors = load_file(source / description["members"][0]["file"])
+            (first,) = (key for key in tensors if key.endswith("stem.conv1.weight"))
+            kept = [description["bands"].index(band) for band in bands]
+            tensors[first] = tensors[first][:, kept].contiguous()
+            file.parent.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, file)
+        return file
+
+    def name(self, variant: Variant, tuned: bool) -> str:
         """Of the folder of a variant: what differs from the preset, for how many steps, in which precision."""
-        words = [variant.sky, *variant.overrides, f"{self.steps}", self.precision]
+        words = [variant.sky, *variant.overrides, *(["tuned"] if tuned else []), f"{self.steps}", self.precision]
         return "_".join("".join(c if c.isalnum() else "-" for c in word) for word in words)
 
-    def answers(self, variant: Variant) -> tuple[Answers, Path]:
+    def answers(self, variant: Variant, tuned: bool) -> tuple[Answers, Path]:
         """What the member of a variant says of the test split, and the folder of it as an ensemble."""
-        name = self.name(variant)
-        folder, member = self.work / "ensembles" / name, self.member(variant)
+        name = self.name(variant, tuned)
+        folder, member = self.work / "ensembles" / name, self.member(variant, tuned)
         if not (folder / DESCRIPTION).is_file():
             write_ensemble(folder, [member])
         return self._asked(name, variant.label, variant.sky), folder
@@ -141,7 +159,7 @@ def judged(answers: Answers, where: Bools, calibration: Any = None) -> dict[str,
 
 def run(study: Study, runner: Runner) -> dict[str, Any]:
     """All figures of a study."""
-    asked = {variant.label: runner.answers(variant) for variant in study.variants}
+    asked = {variant.label: runner.answers(variant, study.tuned) for variant in study.variants}
     asked |= {f"{count} member{'s' if count > 1 else ''}": runner.members(count) for count in study.ensembles}
     answers = {label: one for label, (one, _) in asked.items()}
     first = next(iter(answers.values()))
@@ -167,6 +185,7 @@ def run(study: Study, runner: Runner) -> dict[str, Any]:
         "overrides": {variant.label: list(variant.overrides) for variant in study.variants},
         "skies": {variant.label: variant.sky for variant in study.variants},
         "steps": runner.steps if study.variants else None,
+        "start": START if study.tuned else None,
         "precision": runner.precision if study.variants else None,
         "members": MEMBERS if study.ensembles else None,
         "batch": 6,

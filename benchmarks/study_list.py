@@ -1,6 +1,7 @@
 """The studies of both papers, as small trainings on a frozen sky: what is varied, and what the paper found.
 
-A variant differs from the preset `small` in settings alone, or in the data set it learns from and is judged on.
+A variant differs from the preset `small` in settings alone, or in the data set it learns from and is judged on. Where the question
+allows it, every variant goes on from one trained member (`START`), the first of them too: as many steps then tell more.
 """
 
 from __future__ import annotations
@@ -29,14 +30,16 @@ class Variant:
 class Study:
     """Variants side by side, the first of them the preset as it is, or the first so many members of a published ensemble.
 
-    stars: judged with stars among the galaxies too, at redshift 0. ensembles: how many members there are in each that is judged.
-    calibration: judged with a recalibration too.
+    tuned: every variant goes on from `START`, its first convolution without the bands the variant does not see. stars: judged with
+    stars among the galaxies too, at redshift 0. ensembles: how many members there are in each that is judged. calibration: judged
+    with a recalibration too.
     """
 
     title: str
     question: str
     paper: str
     variants: tuple[Variant, ...] = ()
+    tuned: bool = False
     stars: bool = False
     ensembles: tuple[int, ...] = ()
     calibration: bool = False
@@ -45,12 +48,17 @@ class Study:
 MEMBERS = "models/lsst-ensemble"
 """The ensemble that studies of members ask, which they do not train."""
 
+START = "models/lsst-small"
+"""The ensemble of one member that the variants of a tuned study go on from, trained on all scenes, at 5 years, in all bands."""
+TUNING = ("train.lr=0.0015",)
+
 STUDIES: dict[str, Study] = {
     "depth": Study(
         "One year against five",
         "How much does depth matter, to the same network trained on the same sky?",
         "LSST paper: sigma_IQR 0.0756 after one year, 0.0363 after five, outliers 11.6 % and 9.7 %, on the objects common to both.",
         (Variant("5 years"), Variant("1 year", (), "one_year")),
+        tuned=True,
     ),
     "size": Study(
         "Size of the training set",
@@ -67,6 +75,7 @@ STUDIES: dict[str, Study] = {
         "How much of what the network knows is in the fine detail of the images, once it is trained on blurred ones?",
         'The JADES paper trains anew on images convolved with a Gaussian kernel "of 25 pixels", whose width it does not define.',
         (Variant("as seen"), Variant("blurred", (), "blurred")),
+        tuned=True,
     ),
     "bands": Study(
         "Subsets of bands",
@@ -78,6 +87,7 @@ STUDIES: dict[str, Study] = {
             Variant("griz", ("model.bands=[g, r, i, z]",)),
             Variant("gri", ("model.bands=[g, r, i]",)),
         ),
+        tuned=True,
     ),
     "stars": Study(
         "Stars in the training of redshifts",
@@ -85,6 +95,7 @@ STUDIES: dict[str, Study] = {
         "LSST paper: z-pure, without stars, has sigma_IQR 0.0410 of galaxies alone and 0.0422 of a sample with stars, and "
         "11.8 and 12.8 % outliers; z-all has 0.0422 and 12.8 % of the latter.",
         (Variant("z-pure"), Variant("z-all", ("model.redshift_head.stars=z_all",))),
+        tuned=True,
         stars=True,
     ),
     "ensemble": Study(

@@ -11,10 +11,12 @@ from benchmarks.study_list import BLUR_PIXELS, STUDIES, Study
 
 HEAD = f"""# The papers' studies, small
 
-Each variant is preset `small`, trained from the same seed for the steps stated, on the train split of `lsst_reference`, and judged
-on its test split, on the gold galaxies (i < 25.3, clear of the border) that every variant found within 0.5". Bias, sigma_IQR and
-outliers are those of the LSST convention and of the mode, errors are from the bootstrap. One seed each, unless a study says
-otherwise: what differs by less than two errors may be chance. Blurred images are convolved with a Gaussian of {BLUR_PIXELS:g} px.
+Each variant is preset `small`, trained for the steps stated on the train split of `lsst_reference`, from the same seed or, where a
+study says so, from the same member of models/, which learned from that split at 5 years in all bands (its first convolution loses
+the bands that a variant does not see). It is judged on the test split, on the gold galaxies (i < 25.3, clear of the border) that
+every variant found within 0.5". Bias, sigma_IQR and outliers are those of the LSST convention and of the mode, errors are from the
+bootstrap. One seed each, unless a study says otherwise: what differs by less than two errors may be chance. Blurred images are
+convolved with a Gaussian of {BLUR_PIXELS:g} px.
 
     $ python -m benchmarks.studies --study NAME --minutes 20
 
@@ -63,4 +65,5 @@ def found(name: str, study: Study, result: Mapping[str, Any]) -> Iterator[str]:
     trained = (
         f"{figures['steps']} steps of {figures['batch']} crops each" if figures["steps"] else f"Members of `{figures['members']}`"
     )
+    trained += f", all from the member of `{figures['start']}`" if figures.get("start") else ""
     yield f"{trained}; {made}.\n"
