@@ -159,9 +159,6 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     os.environ["OMP_NUM_THREADS"] = "1"
-    figures: dict[str, Any] = {}
-    ratios: dict[str, float] = {}
-    lines: list[str] = []
     for name in arguments.sky or reference_names():
         check_reference(name)
         sky, out = load_reference(name), arguments.out / (f"{name}-quick" if arguments.quick else name)
@@ -174,8 +171,7 @@ def main() -> None:
             print(f"{name}: {code} learned in {asked[code].learn_s:.0f} s, answered in {asked[code].answer_s:.0f} s", flush=True)
         found = judge(asked, gold["test"], traits) | {"trained_on": len(gold["train"])}
         found["network_objects_per_s_per_core"] = scoring.rounded(network_speed(sky, arguments.model))
-        figures[name] = found
-        lines += [name, *scoring.lines(found["codes"])]
+        lines = [name, *scoring.lines(found["codes"])]
         for column, rows in found["binned"].items():
             lines += scoring.binned_lines(rows, list(asked), column)
         lines += [
@@ -183,12 +179,20 @@ def main() -> None:
         ]
         lines.append(f"{'network, from images':<22}{found['network_objects_per_s_per_core']:>9.0f} objects a second of one core")
         best = min(found["codes"].values(), key=lambda one: float(one["sigma_iqr"]))
-        ratios[f"{name}/least_sigma_iqr"] = best["sigma_iqr"]
         draw(asked, gold["test"], traits, out if arguments.quick else Path(__file__).parents[1] / "docs", name)
-    print("\n".join(lines))
-    kept = {"grid": [float(GRID[0]), float(GRID[-1]), len(GRID)], **figures}
-    folder = arguments.out if arguments.quick else record.RESULTS
-    print(record.write("baselines", ratios=ratios, figures=kept, log=lines, folder=folder))
+        print("\n".join(lines))
+        kept = {"grid": [float(GRID[0]), float(GRID[-1]), len(GRID)], name: found}
+        folder = arguments.out if arguments.quick else record.RESULTS
+        print(
+            record.write(
+                record.of_sky("baselines", name),
+                ratios={f"{name}/least_sigma_iqr": best["sigma_iqr"]},
+                figures=kept,
+                log=lines,
+                folder=folder,
+                module="baselines",
+            )
+        )
 
 
 if __name__ == "__main__":

@@ -90,7 +90,7 @@ def read_baselines(folder: Path, truth: Floats) -> dict[str, Judged]:
 
 def unfrozen(codes: Mapping[str, Judged], sky: str) -> list[str]:
     """Codes whose answers are not those of the kept result, which were frozen before any network was judged."""
-    file = record.RESULTS / "baselines.json"
+    file = record.RESULTS / f"{record.of_sky('baselines', sky)}.json"
     kept = json.loads(file.read_text())["figures"].get(sky, {}).get("codes", {}) if file.is_file() else {}
     return [name for name, judged in codes.items() if kept.get(name, {}).get("digest") != scoring.digest(judged)]
 
@@ -246,11 +246,13 @@ def main() -> None:
     if not arguments.quick:
         figures["codes_not_as_frozen"] = unfrozen(codes, sky.name)
         if figures["codes_not_as_frozen"]:
-            print(f"NOT AS FROZEN in results/baselines.json: {', '.join(figures['codes_not_as_frozen'])}")
+            print(
+                f"NOT AS FROZEN in results/{record.of_sky('baselines', sky.name)}.json: {', '.join(figures['codes_not_as_frozen'])}"
+            )
     lines = [*report(figures), f"{time.monotonic() - start:.0f} s"]
     found = ratios(figures, codes)
     print("\n".join([*lines, *(f"{name}: {value:g}" for name, value in found.items())]))
-    name = "photoz" if sky.name == reference_names()[0] else f"photoz_{sky.name}"
+    name = record.of_sky("photoz", sky.name)
     pictures = arguments.work if arguments.quick else Path(__file__).parents[1] / "docs"
     draw(seen, gold, traits, codes, calibration, pictures / f"{name.replace('_', '-')}-network.png")
     folder = arguments.work if arguments.quick else record.RESULTS

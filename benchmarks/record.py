@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from deepdisc_ops.data.reference import reference_names
+
 RESULTS = Path(__file__).with_name("results")
 GEMM_SIDE = 2048
 
@@ -53,6 +55,11 @@ def write(
     unfinished.write_text(json.dumps(result, indent=2, default=float) + "\n")
     unfinished.replace(path)
     return path
+
+
+def of_sky(name: str, sky: str) -> str:
+    """The name of a result of one frozen sky: the first sky's are those without one."""
+    return name if sky == reference_names()[0] else f"{name}_{sky}"
 
 
 def _public(word: str) -> str:

@@ -60,10 +60,11 @@ def test_codes_that_changed_since_they_were_frozen_are_named(
 ) -> None:
     monkeypatch.setattr(record, "RESULTS", spaced)
     one, _ = judged
-    kept = {"figures": {"sky": {"codes": {"bpz": {"digest": scoring.digest(one)}}}}}
-    (spaced / "baselines.json").write_text(json.dumps(kept))
-    assert photoz.unfrozen({"bpz": one}, "sky") == []
-    assert photoz.unfrozen({"bpz": one.select(np.arange(50)), "other": one}, "sky") == ["bpz", "other"]
+    for sky, file in (("lsst_reference", "baselines"), ("lsst_reference_dc2", "baselines_lsst_reference_dc2")):
+        kept = {"figures": {sky: {"codes": {"bpz": {"digest": scoring.digest(one)}}}}}
+        (spaced / f"{file}.json").write_text(json.dumps(kept))
+        assert photoz.unfrozen({"bpz": one}, sky) == []
+        assert photoz.unfrozen({"bpz": one.select(np.arange(50)), "other": one}, sky) == ["bpz", "other"]
     assert photoz.unfrozen({"bpz": one}, "another sky") == ["bpz"]
 
 
