@@ -44,6 +44,8 @@ def write_page(
         count=len(objects.names),
         matched=result.n_judged,
         data=page_data(objects, bool(sheets)),
+        boxed=bool(sheets) and bool(np.isfinite(objects.boxes).any()),
+        outlined=bool(sheets) and objects.masks is not None,
         sheets=sheets or (),
     )
     partial = path.with_name(f".{path.name}.part")

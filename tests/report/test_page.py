@@ -100,6 +100,7 @@ def test_the_page_needs_nothing_but_itself(folder: Path, result: Evaluation) -> 
     outside = re.findall(r"(?:src|href)=\"(?!data:)[^\"]*|url\((?!data:)|@import|https?://", text)
     assert outside == []
     assert "a &amp; b.parquet against sky.fits" in text
+    assert "mask: sky blue" in text
     for name, value in rows(result):
         assert html.escape(name, quote=False) in text.replace("&#39;", "'").replace("&#34;", '"')
         assert value in text
@@ -137,6 +138,7 @@ def test_a_truth_without_pixels_has_a_page_without_pictures(folder: Path, spaced
     evaluate_files(folder / "a & b.parquet", spaced / "truth.ecsv", spaced / "out", gold_limit=26.5, page_objects=3)
     found = json.loads(re.search(r'id="data">(.*?)</script>', (spaced / "out" / "index.html").read_text())[1])  # type: ignore[index]
     assert (len(found["names"]), found["pictures"]) == (3, False)
+    assert "Box: white" not in (spaced / "out" / "index.html").read_text()
     assert not (spaced / "out" / "picture.png").exists()
     with pytest.raises(ConfigError, match=r"figures are asked as \['gif'\]"):
         evaluate_files(folder / "a & b.parquet", spaced / "truth.ecsv", spaced / "out", formats=("gif",))
@@ -151,6 +153,16 @@ def test_a_catalogue_of_another_program_has_a_page_without_boxes(folder: Path, s
     assert result.n_judged > 10
     assert "bare.parquet against sky.fits" in (spaced / "out" / "index.html").read_text()
     assert not (spaced / "out" / "picture.png").exists()
+
+
+def test_a_catalogue_without_masks_says_how_to_have_them(folder: Path, spaced: Path) -> None:
+    catalog = read_catalog(folder / "a & b.parquet")
+    catalog.remove_column("mask_rle")
+    write_catalog(catalog, spaced / "unmasked.parquet")
+    evaluate_files(spaced / "unmasked.parquet", folder / "sky.fits", spaced / "out", gold_limit=26.5)
+    text = (spaced / "out" / "index.html").read_text()
+    assert "predict --masks" in text
+    assert "sky blue" not in text
 
 
 @needs_chromium
