@@ -69,11 +69,15 @@ def _public(word: str) -> str:
 
 
 def commit() -> str:
-    """The commit that is checked out, marked with + where files differ from it; "unknown" outside of a checkout."""
-    here = Path(__file__).parent
+    """The commit that is checked out, marked with + where code differs from it; "unknown" outside of a checkout.
+
+    Results, and the figures and pages in docs/, are what programs write.
+    """
+    here = Path(__file__).parents[1]
+    status = ["git", "status", "--porcelain", "--", ".", ":!benchmarks/results", ":!docs"]
     try:
         found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
-        changes = subprocess.run(["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True, check=True)
+        changes = subprocess.run(status, cwd=here, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return found.stdout.strip() + ("+" if changes.stdout.strip() else "")

@@ -110,6 +110,30 @@ def scores(judged: Judged, truth: ArrayLike) -> dict[str, Any]:
     return {name: value if isinstance(value, int) else rounded(value) for name, value in figures.items()}
 
 
+def differences(judged: Judged, base: Judged, truth: ArrayLike) -> dict[str, float]:
+    """Scatter, outliers and NLL less those of ``base`` on the same galaxies, with errors from samples drawn for both at once."""
+    z = np.asarray(truth, np.float64)
+    (one, nll), (other, nll_base) = ((metrics.residual(each.redshift, z, "lsst"), each.nll) for each in (judged, base))
+
+    def of(drawn: Floats) -> Floats:
+        rows = drawn.astype(np.int64)
+        parts = [statistic(one[rows]) - statistic(other[rows]) for statistic in (metrics.sigma_iqr, _outliers)]
+        return np.stack([*parts, (nll[rows] - nll_base[rows]).mean(-1)], -1)
+
+    everything = np.arange(z.size, dtype=np.float64)
+    values, errors = of(everything[None])[0], metrics.bootstrap_error(of, everything, np.random.default_rng(0))
+    names = ("sigma_iqr", "outlier_fraction", "nll")
+    return {
+        key: rounded(number)
+        for name, value, error in zip(names, values, errors, strict=True)
+        for key, number in ((name, value), (f"{name}_error", error))
+    }
+
+
+def _outliers(residuals: Floats) -> Floats:
+    return metrics.outlier_fraction(residuals, "lsst")
+
+
 def rounded(value: float) -> float:
     """To four digits."""
     return float(f"{value:.4g}")

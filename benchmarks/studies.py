@@ -151,10 +151,19 @@ def progress(what: str) -> Any:
     return told
 
 
-def judged(answers: Answers, where: Bools, calibration: Any = None) -> dict[str, Any]:
-    """Scores of the modes and densities at ``where`` (G + S,) bool, as `scoring.scores` names them."""
+def judged(answers: Answers, where: Bools, calibration: Any = None) -> Judged:
+    """Modes and densities of the sources at ``where`` (G + S,) bool."""
     mixture = answers.mixture(where, calibration)
-    return scoring.scores(Judged.of_mixture(mixture.mode().numpy(), mixture, answers.redshift[where]), answers.redshift[where])
+    return Judged.of_mixture(mixture.mode().numpy(), mixture, answers.redshift[where])
+
+
+def tabulated(found: Mapping[str, Judged], truth: NDArray[np.float64]) -> dict[str, dict[str, Any]]:
+    """The `scoring.scores` of each, and what differs from the first."""
+    base = next(iter(found.values()))
+    return {
+        label: scoring.scores(one, truth) | ({} if one is base else {"less_first": scoring.differences(one, base, truth)})
+        for label, one in found.items()
+    }
 
 
 def run(study: Study, runner: Runner) -> dict[str, Any]:
@@ -170,14 +179,16 @@ def run(study: Study, runner: Runner) -> dict[str, Any]:
     galaxies = common & ~first.star
     if galaxies.sum() < 2:
         raise SystemExit(f"the variants found {int(galaxies.sum())} galaxies in common; train longer, or on more scenes")
-    table = {label: judged(one, galaxies) for label, one in answers.items()}
-    if study.stars:
-        table |= {f"{label}, with stars": judged(one, common) for label, one in answers.items()}
+    found = {label: judged(one, galaxies) for label, one in answers.items()}
     if study.calibration:
         for label, (one, folder) in asked.items():
             dataset = data_set("as_is", runner.data, runner.work, quick=runner.quick, processes=1, progress=progress("sky"))
             learned = learn_calibration(folder, dataset.path, progress=progress(f"{label}, calibration"))
-            table[f"{label}, calibrated"] = judged(one, galaxies, learned.calibration)
+            found[f"{label}, calibrated"] = judged(one, galaxies, learned.calibration)
+    table = tabulated(found, first.redshift[galaxies])
+    if study.stars:
+        whole = {f"{label}, with stars": judged(one, common) for label, one in answers.items()}
+        table |= tabulated(whole, first.redshift[common])
     return {
         "variants": table,
         "common": int(galaxies.sum()),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +56,17 @@ def test_every_galaxy_is_in_one_bin_that_at_the_last_edge_too(judged: tuple[Judg
     assert [row["n"] for row in rows] == [100, 100]
 
 
+def test_differences_have_the_errors_of_pairs(judged: tuple[Judged, np.ndarray]) -> None:
+    one, truth = judged
+    wider = replace(one, redshift=truth + 1.1 * (one.redshift - truth), nll=one.nll + 0.2)
+    found = scoring.differences(wider, one, truth)
+    table = scoring.scores(one, truth)
+    assert found["sigma_iqr"] == pytest.approx(0.1 * table["sigma_iqr"], rel=1e-3)
+    assert 0 < found["sigma_iqr_error"] < 0.2 * table["sigma_iqr_error"]
+    assert (found["nll"], found["nll_error"]) == (pytest.approx(0.2), pytest.approx(0, abs=1e-9))
+    assert set(scoring.differences(one, one, truth).values()) == {0.0}
+
+
 def test_codes_that_changed_since_they_were_frozen_are_named(
     judged: tuple[Judged, np.ndarray], spaced: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -83,7 +95,10 @@ def test_skies_of_two_depths_are_compared_source_by_source() -> None:
 
 def test_the_page_has_a_section_for_every_study_run_or_not(judged: tuple[Judged, np.ndarray], spaced: Path) -> None:
     figures = {
-        "variants": {"5 years": scoring.scores(*judged)},
+        "variants": {
+            "5 years": scoring.scores(*judged),
+            "1 year": scoring.scores(*judged) | {"less_first": scoring.differences(judged[0], *judged)},
+        },
         "common": 150,
         "completeness": {"5 years": 0.9},
         "steps": 960,
@@ -96,7 +111,10 @@ def test_the_page_has_a_section_for_every_study_run_or_not(judged: tuple[Judged,
     text = study_page.write_page(spaced, spaced / "docs" / "studies.md").read_text()
     assert text.count("\n## ") == len(STUDIES)
     assert text.count("Not run yet") == len(STUDIES) - 1
-    assert "| 5 years | " in text
+    rows = [[cell.strip() for cell in line.split("|")] for line in text.splitlines() if line.startswith("| ")]
+    lengths, shown = {len(row) for row in rows}, {row[1]: row[4] for row in rows}
+    assert len(lengths) == 1
+    assert shown == {"": "less the first's", "5 years": "", "1 year": "+0.0000 ± 0.0000"}
     assert "150 galaxies that all found, of 200; completeness: 5 years 90.0 %" in text
     assert "960 steps of 6 crops each; `python -m benchmarks.studies`, commit abc" in text
 
