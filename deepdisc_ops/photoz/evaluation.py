@@ -124,26 +124,26 @@ def evaluate(
     _require_columns(catalog, CATALOG_COLUMNS, "the catalogue")
     _require_columns(truth, (*TRUTH_COLUMNS, mag_column), "the truth")
     once = _listed_once(truth, mag_column)
-    sky = [_column(truth, "ra")[once], _column(truth, "dec")[once], _column(catalog, "ra"), _column(catalog, "dec")]
+    sky = [numbers(truth, "ra")[once], numbers(truth, "dec")[once], numbers(catalog, "ra"), numbers(catalog, "dec")]
     is_gold = np.zeros(len(truth), bool)
-    is_gold[once] = ((_column(truth, "class") == GALAXY) & (_column(truth, mag_column) < gold_limit))[once]
+    is_gold[once] = ((numbers(truth, "class") == GALAXY) & (numbers(truth, mag_column) < gold_limit))[once]
     if not is_gold.any():
         raise CatalogError(
             f"none of the {len(truth)} truth sources is a galaxy with {mag_column} < {gold_limit}; give a fainter limit"
         )
 
     gold = np.flatnonzero(is_gold)
-    gold_ra, gold_dec = _column(truth, "ra")[gold], _column(truth, "dec")[gold]
+    gold_ra, gold_dec = numbers(truth, "ra")[gold], numbers(truth, "dec")[gold]
     found = match_on_sky(gold_ra, gold_dec, sky[2], sky[3], radius_arcsec)
     if not len(found):
         raise CatalogError(_why_no_match(sky, radius_arcsec))
     to_any = match_on_sky(sky[2], sky[3], sky[0], sky[1], radius_arcsec)
     any_truth = once[to_any.index2]
-    known = np.isfinite(_column(truth, "redshift")[gold[found.index1]])
+    known = np.isfinite(numbers(truth, "redshift")[gold[found.index1]])
     if not known.any():
         raise CatalogError(f"none of the {len(found)} matched gold galaxies has a redshift in the truth; no estimate can be judged")
     gold_truth, gold_catalog = gold[found.index1[known]], found.index2[known]
-    z_true = _column(truth, "redshift")[gold_truth]
+    z_true = numbers(truth, "redshift")[gold_truth]
     z_mode = _redshifts(catalog, "z_mode", gold_catalog, "z_mode values")
     lsst, jades = (metrics.point_metrics(z_mode, z_true, convention, rng) for convention in metrics.CONVENTIONS)
     pit, nll, cde = _density_scores(catalog, gold_catalog, z_true)
@@ -193,13 +193,13 @@ def evaluate(
 def catalog_mixture(catalog: Table, index: Indices | None = None) -> GaussianMixture:
     """The redshift mixtures of a catalogue's rows, or of those at ``index``."""
     rows = slice(None) if index is None else index
-    weights, means, sigmas = (_column(catalog, name)[rows] for name in ("mix_weights", "mix_means", "mix_sigmas"))
+    weights, means, sigmas = (numbers(catalog, name)[rows] for name in ("mix_weights", "mix_means", "mix_sigmas"))
     return GaussianMixture.from_arrays(weights, means, sigmas)
 
 
 def _density_scores(catalog: Table, index: Indices, z_true: Floats) -> tuple[Floats, Floats, Floats]:
     """PIT, negative log likelihood and CDE loss (M,) at the true redshifts."""
-    weights, means, sigmas = (_column(catalog, name)[index] for name in ("mix_weights", "mix_means", "mix_sigmas"))
+    weights, means, sigmas = (numbers(catalog, name)[index] for name in ("mix_weights", "mix_means", "mix_sigmas"))
     cde = metrics.cde_loss(weights, means, sigmas, z_true)
     mixture = catalog_mixture(catalog, index)
     z = mixture.means.new_tensor(z_true)
@@ -221,7 +221,7 @@ def _other_points(catalog: Table, index: Indices, z_true: Floats, rng: np.random
 def _recovery(catalog: Table, index: Indices, z_mode: Floats, z_true: Floats) -> metrics.Recovery | None:
     if not {"z_second_peak", "z_second_weight"} <= set(catalog.colnames):
         return None
-    second, weight = (_column(catalog, name)[index] for name in ("z_second_peak", "z_second_weight"))
+    second, weight = (numbers(catalog, name)[index] for name in ("z_second_peak", "z_second_weight"))
     return metrics.secondary_peak_recovery(z_mode, second, weight, z_true, "lsst")
 
 
@@ -231,7 +231,7 @@ def _binned(
     """The mode in bins of equal numbers of galaxies, against what the truth tells of them."""
     binned = {}
     for name in ("redshift", mag_column, "ebv", "blendedness", "psf_fwhm"):
-        values = _column(truth, name)[index] if name in truth.colnames else np.zeros(0)
+        values = numbers(truth, name)[index] if name in truth.colnames else np.zeros(0)
         if np.isfinite(values).any() and np.nanmin(values) < np.nanmax(values):
             count = min(BINS, max(1, len(values) // LEAST_IN_BIN))
             edges = np.array(BLENDEDNESS_EDGES) if name == "blendedness" else metrics.equal_counts(values, count)
@@ -245,7 +245,7 @@ def _classes(catalog: Table, truth: Table, index: Indices, truth_index: Indices)
     """Star and galaxy among matched objects; none where the catalogue has no classes, or is of a model with a single one."""
     if "class" not in catalog.colnames or ("classes" in catalog.meta and "," not in catalog.meta["classes"]):
         return ()
-    return metrics.class_shares(_column(truth, "class")[truth_index], _column(catalog, "class")[index])
+    return metrics.class_shares(numbers(truth, "class")[truth_index], numbers(catalog, "class")[index])
 
 
 def _blends(ra: Floats, dec: Floats, matched: Indices) -> metrics.Share | None:
@@ -259,18 +259,18 @@ def _blends(ra: Floats, dec: Floats, matched: Indices) -> metrics.Share | None:
 def _blended(truth: Table, is_gold: NDArray[np.bool_], matched: Indices) -> metrics.Share | None:
     if "blendedness" not in truth.colnames:
         return None
-    wanted = is_gold & (_column(truth, "blendedness") > BLENDED)
+    wanted = is_gold & (numbers(truth, "blendedness") > BLENDED)
     return metrics.completeness(wanted, matched) if wanted.any() else None
 
 
 def _listed_once(truth: Table, mag_column: str) -> Indices:
     """Rows of the truth without the copies of others; raises CatalogError where two of one place contradict each other."""
-    ra, dec = _column(truth, "ra"), _column(truth, "dec")
+    ra, dec = numbers(truth, "ra"), numbers(truth, "dec")
     if not (np.isfinite(ra) & np.isfinite(dec)).all():
         return np.arange(len(truth))  # matching says how many are not finite
     first, second = same_place(ra, dec, SAME_ARCSEC)
     for name in ("class", "redshift", mag_column):
-        values = _column(truth, name)
+        values = numbers(truth, name)
         differ = ~np.isclose(values[first], values[second], rtol=0, atol=1e-6, equal_nan=True)
         if differ.any():
             i, j = int(first[differ][0]), int(second[differ][0])
@@ -281,8 +281,8 @@ def _listed_once(truth: Table, mag_column: str) -> Indices:
     return np.setdiff1d(np.arange(len(truth)), second)
 
 
-def _column(table: Table, name: str) -> Floats:
-    """A column as floats, NaN where it is masked."""
+def numbers(table: Table, name: str) -> Floats:
+    """A column (N,) or (N, K) as floats, NaN where it is masked."""
     return np.asarray(np.ma.filled(np.ma.asarray(table[name]).astype(np.float64), np.nan))
 
 
@@ -294,7 +294,7 @@ def _require_columns(table: Table, names: Sequence[str], what: str) -> None:
 
 
 def _redshifts(table: Table, name: str, index: Indices, what: str) -> Floats:
-    z = _column(table, name)[index]
+    z = numbers(table, name)[index]
     bad = int((~np.isfinite(z)).sum())
     if bad:
         raise CatalogError(f"{bad} of the {z.size} {what} of matched gold galaxies are NaN; leave those rows out of the table")

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from deepdisc_ops.data.tables import read_table
 from deepdisc_ops.errors import CatalogError
+from deepdisc_ops.photoz.evaluation import numbers
 from deepdisc_ops.photoz.figures import map_of_cells, write_figure
 from deepdisc_ops.photoz.representation import (
     SIDE,
@@ -98,7 +99,7 @@ def map_colours(
     found.advice.as_table().write(out / ADVICE, overwrite=True)
     known = np.full(len(table), np.nan)
     if "z_mode" in table.colnames:
-        known = _numbers(table, "z_mode").copy()
+        known = numbers(table, "z_mode").copy()
     known[index] = redshift
     write_figure(map_of_cells(som, cell, known, of_spectra), out / FIGURE)
     return found
@@ -122,11 +123,11 @@ def _magnitudes(table: Table, bands: Sequence[str], source: Path) -> Floats:
     columns = []
     for band in bands:
         if f"flux_{band}" in table.colnames and f"flux_err_{band}" in table.colnames:
-            flux, error = (_numbers(table, f"{kind}_{band}") for kind in ("flux", "flux_err"))
+            flux, error = (numbers(table, f"{kind}_{band}") for kind in ("flux", "flux_err"))
             magnitude, _, detected = magnitudes(flux, error)
             columns.append(np.where(detected, magnitude, np.nan))
         elif f"mag_{band}" in table.colnames:
-            columns.append(_numbers(table, f"mag_{band}"))
+            columns.append(numbers(table, f"mag_{band}"))
         else:
             raise CatalogError(f"{source} has no flux_{band} with its error and no mag_{band}; name other bands")
     return np.stack(columns, axis=1)
@@ -139,9 +140,9 @@ def _matched(table: Table, measured: Table, catalog: Path, spectra: Path) -> tup
             raise CatalogError(f"{source} has no column {name!r}; expected ra and dec in degrees")
     if "redshift" not in measured.colnames:
         raise CatalogError(f"{spectra} has no column 'redshift'; rename the one that holds it")
-    rows = np.flatnonzero(np.isfinite([_numbers(measured, name) for name in ("ra", "dec", "redshift")]).all(axis=0))
-    ra, dec = (_numbers(table, name) for name in ("ra", "dec"))
-    ra_measured, dec_measured, redshift = (_numbers(measured, name)[rows] for name in ("ra", "dec", "redshift"))
+    rows = np.flatnonzero(np.isfinite([numbers(measured, name) for name in ("ra", "dec", "redshift")]).all(axis=0))
+    ra, dec = (numbers(table, name) for name in ("ra", "dec"))
+    ra_measured, dec_measured, redshift = (numbers(measured, name)[rows] for name in ("ra", "dec", "redshift"))
     if not len(rows):
         raise CatalogError(f"none of the {len(measured)} rows of {spectra} has a position and a redshift; expected some")
     pairs = match_on_sky(ra, dec, ra_measured, dec_measured, RADIUS_ARCSEC)
@@ -152,8 +153,3 @@ def _matched(table: Table, measured: Table, catalog: Path, spectra: Path) -> tup
             f"{apart:.3g} deg apart: are they of the same field and WCS?"
         )
     return pairs.index1, redshift[pairs.index2]
-
-
-def _numbers(table: Table, name: str) -> Floats:
-    """A column as floats, NaN where it is masked."""
-    return np.asarray(np.ma.filled(np.ma.asarray(table[name]).astype(np.float64), np.nan))

@@ -10,7 +10,7 @@ from astropy.table import Table
 from numpy.typing import NDArray
 
 from deepdisc_ops.photoz import metrics
-from deepdisc_ops.photoz.evaluation import Evaluation, catalog_mixture
+from deepdisc_ops.photoz.evaluation import Evaluation, catalog_mixture, numbers
 
 Floats = NDArray[np.float64]
 
@@ -43,18 +43,18 @@ def object_columns(result: Evaluation, catalog: Table, truth: Table, limit: int)
     rows, true = result.gold_catalog[worst], result.gold_truth[worst]
     columns: dict[str, Floats] = {
         "z_true": z_true[worst],
-        "z_mode": _numbers(catalog, "z_mode", rows),
+        "z_mode": numbers(catalog, "z_mode")[rows],
         "e": e[worst],
         "outlier": (np.abs(e[worst]) > result.lsst.outlier_limit).astype(np.float64),
         "pit": result.pit[worst],
-        f"mag_{result.gold_band}": _numbers(truth, f"mag_{result.gold_band}", true),
+        f"mag_{result.gold_band}": numbers(truth, f"mag_{result.gold_band}")[true],
     }
-    columns |= {name: _numbers(catalog, name, rows) for name in FROM_CATALOG if name in catalog.colnames}
-    columns |= {name: _numbers(truth, name, true) for name in FROM_TRUTH if name in truth.colnames}
+    columns |= {name: numbers(catalog, name)[rows] for name in FROM_CATALOG if name in catalog.colnames}
+    columns |= {name: numbers(truth, name)[true] for name in FROM_TRUTH if name in truth.colnames}
     mixture = catalog_mixture(catalog, rows)
-    place = {name: _numbers(catalog, name, rows) if name in catalog.colnames else np.full(len(rows), np.nan) for name in ("x", "y")}
+    place = {name: numbers(catalog, name)[rows] if name in catalog.colnames else np.full(len(rows), np.nan) for name in ("x", "y")}
     corners = ("x0", "y0", "x1", "y1")
-    boxes = [_numbers(catalog, name, rows) if name in catalog.colnames else np.full(len(rows), np.nan) for name in corners]
+    boxes = [numbers(catalog, name)[rows] if name in catalog.colnames else np.full(len(rows), np.nan) for name in corners]
     return Objects(
         names=[str(catalog["id"][i]) for i in rows] if "id" in catalog.colnames else [str(i) for i in rows],
         columns=columns,
@@ -64,7 +64,3 @@ def object_columns(result: Evaluation, catalog: Table, truth: Table, limit: int)
         mixture=(mixture.weights.numpy(), mixture.means.numpy(), mixture.sigmas.numpy()),
         masks=[str(catalog["mask_rle"][i]) for i in rows] if "mask_rle" in catalog.colnames else None,
     )
-
-
-def _numbers(table: Table, name: str, rows: NDArray[np.int64]) -> Floats:
-    return np.asarray(np.ma.filled(np.ma.asarray(table[name][rows]).astype(np.float64), np.nan))
