@@ -5,10 +5,12 @@ codes' answers are those that `benchmarks.baselines` kept before, in the folder 
 the true positions in the same images, learned from the gold galaxies (i < 25.3) of the same sky's train split.
 
 All are judged on the galaxies that the network found, clear of the border of their scene, which is the scene's and not the sky's;
-completeness with the border is told, and within 1", the radius of the papers. Redshifts of the network are modes (medians and the
-redshifts of the least risk stand beside), scatter and outliers those of the LSST paper, whose limit is three times one's own
-sigma_IQR: how many lie beyond that of each code is told too. ``calibrated`` is the ensemble with what `members calibrate` has
-learned. ``--each`` looks with every member alone as well, on the galaxies that all of them found, for the scatter over members.
+completeness with the border is told, and within 1", the radius of the papers. What the network does not find, blends above all,
+counts against it in completeness alone: the codes' scores on all galaxies, and on all blends, stand beside. Redshifts of the network
+are modes (medians and the redshifts of the least risk stand beside), scatter and outliers those of the LSST paper, whose limit is
+three times one's own sigma_IQR: how many lie beyond that of each code is told too. ``calibrated`` is the ensemble with what
+`members calibrate` has learned.
+``--each`` looks with every member alone as well, on the galaxies that all of them found, for the scatter over members.
 """
 
 from __future__ import annotations
@@ -18,8 +20,10 @@ import json
 import multiprocessing
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
+from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +106,6 @@ def judge(seen: Seen, gold: Gold, traits: Traits, codes: Mapping[str, Judged], c
     rows = estimates(seen, where, gold.redshift, calibration) | {name: judged.select(where) for name, judged in codes.items()}
     main = "calibrated" if calibration is not None else "network"
     shown = {name: rows[name] for name in (main, f"{main}_least_risk", *codes)}
-    blended = traits.blendedness[where] > BLENDED
     columns = {"magnitude": gold.magnitude, "redshift": gold.redshift, "blendedness": traits.blendedness}
     found = completeness(traits.whole, np.flatnonzero(seen.found))
     table = {name: scoring.scores(judged, truth) for name, judged in rows.items()}
@@ -123,16 +126,53 @@ def judge(seen: Seen, gold: Gold, traits: Traits, codes: Mapping[str, Judged], c
         "of_all": {
             name: scoring.scores(judged.select(traits.whole), gold.redshift[traits.whole]) for name, judged in codes.items()
         },
+        "codes_missing": [name for name in CODES if name not in codes],
+        "over": compared(rows, shown, codes, truth),
         "beyond_limit_of": {
             code: {name: float((np.abs(residual(one.redshift, truth, "lsst")) > limit).mean()) for name, one in rows.items()}
             for code, limit in limits.items()
         },
-        "blended": {
-            name: scoring.scores(one.select(blended), truth[blended]) if blended.sum() > 1 else {"n": int(blended.sum())}
-            for name, one in shown.items()
-        },
+        **blends({name: rows[name] for name in shown}, seen, gold, traits, codes),
         "binned": {column: scoring.binned(shown, truth, values[where], EDGES[column]) for column, values in columns.items()},
+        "completeness_binned": {
+            column: complete_in_bins(seen.found[traits.whole], values[traits.whole], EDGES[column])
+            for column, values in columns.items()
+        },
     }
+
+
+def compared(
+    rows: Mapping[str, Judged], shown: Collection[str], codes: Collection[str], truth: Floats
+) -> dict[str, dict[str, dict[str, float]]]:
+    """The network's estimates ``shown`` over each code."""
+    mine = [name for name in shown if name not in codes]
+    return {code: {name: scoring.over(rows[name], rows[code], truth) for name in mine} for code in codes}
+
+
+def blends(rows: Mapping[str, Judged], seen: Seen, gold: Gold, traits: Traits, codes: Mapping[str, Judged]) -> dict[str, Any]:
+    """Scores of the significant blends that the network found, the share it found, and the codes' scores on all of them."""
+    where, every = seen.found & traits.whole, traits.whole & (traits.blendedness > BLENDED)
+    blended, truth = every[where], gold.redshift[where & every]
+    if blended.sum() < 2:
+        return {"blended": {name: {"n": int(blended.sum())} for name in rows}}
+    found = {name: one.select(blended) for name, one in rows.items()}
+    return {
+        "blended": {name: scoring.scores(one, truth) for name, one in found.items()},
+        "blended_over": compared(found, found, codes, truth),
+        "blended_completeness": asdict(completeness(every, np.flatnonzero(seen.found))),
+        "blended_of_all": {name: scoring.scores(one.select(every), gold.redshift[every]) for name, one in codes.items()},
+    }
+
+
+def complete_in_bins(found: Bools, column: Floats, edges: Sequence[float]) -> list[dict[str, float]]:
+    """How many of the galaxies (N,) were found, in bins of a column (N,)."""
+    rows = []
+    for low, high in pairwise(edges):
+        inside = (column >= low) & ((column < high) | ((high == edges[-1]) & (column == high)))
+        if inside.any():
+            share = completeness(inside, np.flatnonzero(found))
+            rows.append({"low": low, "high": high, **{name: scoring.rounded(value) for name, value in asdict(share).items()}})
+    return rows
 
 
 def ratios(figures: Mapping[str, Any], codes: Mapping[str, Judged]) -> dict[str, float]:
@@ -198,14 +238,31 @@ def report(figures: Mapping[str, Any]) -> list[str]:
         f"with those at borders {figures['completeness_with_borders']:.4f}",
         f"within {WIDE_ARCSEC:g} arcsec {figures['completeness_wide']:.4f}, purity {figures['purity_wide']:.4f}",
         *scoring.lines(figures["scores"]),
+        *over_lines(figures["over"]),
         f"at blendedness above {BLENDED}",
         *scoring.lines({name: one for name, one in figures["blended"].items() if "sigma_iqr" in one}),
+        *over_lines(figures.get("blended_over", {})),
     ]
+    if "blended_of_all" in figures:
+        share = figures["blended_completeness"]
+        lines.append(f"the codes on all of those, of which the network found {share['value']:.3f} ± {share['error']:.3f}")
+        lines += scoring.lines(figures["blended_of_all"])
     for column, rows in figures["binned"].items():
         lines += scoring.binned_lines(rows, list(figures["blended"]), column)
     for number, one in enumerate(figures.get("alone", {}).get("members", ())):
         lines.append(f"member {number} alone: " + ", ".join(f"{name} {value:.4f}" for name, value in one.items()))
     return lines
+
+
+def over_lines(table: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[str]:
+    """The network's scatter and outliers over those of each code, a line each."""
+    return [
+        f"{name} over {code}: sigma_IQR {one['sigma_iqr']:.3f} ± {one['sigma_iqr_error']:.3f}, outliers "
+        f"{one['outlier_fraction']:.3f} ± {one['outlier_fraction_error']:.3f}, beyond its limit {one['beyond_its_limit']:.3f} ± "
+        f"{one['beyond_its_limit_error']:.3f}"
+        for code, rows in table.items()
+        for name, one in rows.items()
+    ]
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ kept as a .npz file, whose digest the frozen result remembers. Glossary: N galax
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import pairwise
 from pathlib import Path
@@ -112,17 +112,40 @@ def scores(judged: Judged, truth: ArrayLike) -> dict[str, Any]:
 
 def differences(judged: Judged, base: Judged, truth: ArrayLike) -> dict[str, float]:
     """Scatter, outliers and NLL less those of ``base`` on the same galaxies, with errors from samples drawn for both at once."""
-    z = np.asarray(truth, np.float64)
-    (one, nll), (other, nll_base) = ((metrics.residual(each.redshift, z, "lsst"), each.nll) for each in (judged, base))
+    one, other = residuals(judged, truth), residuals(base, truth)
 
     def of(drawn: Floats) -> Floats:
         rows = drawn.astype(np.int64)
         parts = [statistic(one[rows]) - statistic(other[rows]) for statistic in (metrics.sigma_iqr, _outliers)]
-        return np.stack([*parts, (nll[rows] - nll_base[rows]).mean(-1)], -1)
+        return np.stack([*parts, (judged.nll[rows] - base.nll[rows]).mean(-1)], -1)
 
-    everything = np.arange(z.size, dtype=np.float64)
-    values, errors = of(everything[None])[0], metrics.bootstrap_error(of, everything, np.random.default_rng(0))
-    names = ("sigma_iqr", "outlier_fraction", "nll")
+    return _with_errors(of, one.size, ("sigma_iqr", "outlier_fraction", "nll"))
+
+
+def over(judged: Judged, base: Judged, truth: ArrayLike) -> dict[str, float]:
+    """Scatter, outliers, and those beyond the limit of ``base``, over those of ``base``; errors as in `differences`."""
+    one, other = residuals(judged, truth), residuals(base, truth)
+
+    def of(drawn: Floats) -> Floats:
+        rows = drawn.astype(np.int64)
+        limit = metrics.outlier_limit(other[rows], "lsst")[..., None]
+        beyond, beyond_base = ((np.abs(each[rows]) > limit).mean(-1) for each in (one, other))
+        parts = [statistic(one[rows]) / statistic(other[rows]) for statistic in (metrics.sigma_iqr, _outliers)]
+        return np.stack([*parts, beyond / beyond_base], -1)
+
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return _with_errors(of, one.size, ("sigma_iqr", "outlier_fraction", "beyond_its_limit"))
+
+
+def residuals(judged: Judged, truth: ArrayLike) -> Floats:
+    """Of the LSST paper's convention, (N,)."""
+    return metrics.residual(judged.redshift, np.asarray(truth, np.float64), "lsst")
+
+
+def _with_errors(statistic: Callable[[Floats], Floats], size: int, names: Sequence[str]) -> dict[str, float]:
+    """Named values of a statistic of the numbers of galaxies, and their bootstrap errors."""
+    everything = np.arange(size, dtype=np.float64)
+    values, errors = statistic(everything[None])[0], metrics.bootstrap_error(statistic, everything, np.random.default_rng(0))
     return {
         key: rounded(number)
         for name, value, error in zip(names, values, errors, strict=True)
@@ -168,7 +191,7 @@ def lines(table: Mapping[str, Mapping[str, Any]]) -> list[str]:
         *(
             f"{name:<22}{one['n']:>6}{one['bias']:>+9.4f}{one['sigma_iqr']:>9.4f} ±{one['sigma_iqr_error']:.4f}"
             f"{one['outlier_fraction']:>9.4f} ±{one['outlier_fraction_error']:.4f}{one['beyond_0.15']:>8.4f}{one['cde_loss']:>8.3f}"
-            f"{one['nll']:>8.3f}{one['ks']:>8.4f}{one['cvm']:>8.2f}{one['ad']:>9.1f}"
+            f"{one['nll']:>8.3f}{one.get('ks', np.nan):>8.4f}{one.get('cvm', np.nan):>8.2f}{one.get('ad', np.nan):>9.1f}"
             for name, one in table.items()
         ),
     ]

@@ -37,6 +37,7 @@ from deepdisc_ops.inference.calibrating import learn_calibration
 from deepdisc_ops.inference.ensemble import DESCRIPTION, Ensemble, digest, read_description, write_ensemble
 from deepdisc_ops.model.precision import computes_bf16
 from deepdisc_ops.photoz.figures import compared_values, write_figure
+from deepdisc_ops.training.checkpoint import read_history
 from deepdisc_ops.training.loop import train
 
 Bools = NDArray[np.bool_]
@@ -44,6 +45,7 @@ Bools = NDArray[np.bool_]
 STEPS_PER_MINUTE = 240
 """Of 6 crops, two ranks in bf16 on two cores (docs/training.md)."""
 QUICK_STEPS = 8
+PIT_SCORES = ("ks", "cvm", "ad")
 METRICS = {
     "bias": "bias",
     "sigma_iqr": "$\\sigma_{IQR}$",
@@ -157,6 +159,12 @@ def judged(answers: Answers, where: Bools, calibration: Any = None) -> Judged:
     return Judged.of_mixture(mixture.mode().numpy(), mixture, answers.redshift[where])
 
 
+def curve(work: Path, name: str) -> list[list[float]]:
+    """Step and validation NLL of a training, each time it was validated."""
+    history = read_history(work / "runs" / name / "last")
+    return [[entry["step"], scoring.rounded(entry["val_nll"])] for entry in history if "val_nll" in entry]
+
+
 def tabulated(found: Mapping[str, Judged], truth: NDArray[np.float64]) -> dict[str, dict[str, Any]]:
     """The `scoring.scores` of each, and what differs from the first."""
     base = next(iter(found.values()))
@@ -188,7 +196,8 @@ def run(study: Study, runner: Runner) -> dict[str, Any]:
     table = tabulated(found, first.redshift[galaxies])
     if study.stars:
         whole = {f"{label}, with stars": judged(one, common) for label, one in answers.items()}
-        table |= tabulated(whole, first.redshift[common])
+        for label, one in tabulated(whole, first.redshift[common]).items():  # a star's z = 0 is at the end of every density: no PIT
+            table[label] = {key: value for key, value in one.items() if key.removesuffix("_error") not in PIT_SCORES}
     return {
         "variants": table,
         "common": int(galaxies.sum()),
@@ -196,6 +205,7 @@ def run(study: Study, runner: Runner) -> dict[str, Any]:
         "overrides": {variant.label: list(variant.overrides) for variant in study.variants},
         "skies": {variant.label: variant.sky for variant in study.variants},
         "steps": runner.steps if study.variants else None,
+        "curves": {variant.label: curve(runner.work, runner.name(variant, study.tuned)) for variant in study.variants},
         "start": START if study.tuned else None,
         "precision": runner.precision if study.variants else None,
         "members": MEMBERS if study.ensembles else None,
@@ -218,7 +228,8 @@ def aligned(answers: Mapping[str, Answers]) -> dict[str, Answers]:
 
 def keep(name: str, figures: Mapping[str, Any], log: Sequence[str], folder: Path, pictures: Path) -> Path:
     """The result file and the figure of a study."""
-    values = {label: {key: (one[key], one[f"{key}_error"]) for key in METRICS} for label, one in figures["variants"].items()}
+    variants = figures["variants"].items()
+    values = {label: {key: (one.get(key, np.nan), one.get(f"{key}_error", np.nan)) for key in METRICS} for label, one in variants}
     write_figure(compared_values(values, METRICS), pictures / f"study-{name}.png")
     labels = list(figures["variants"])
     base = figures["variants"][labels[0]]

@@ -32,7 +32,7 @@ class Study:
 
     tuned: every variant goes on from `START`, its first convolution without the bands the variant does not see. stars: judged with
     stars among the galaxies too, at redshift 0. ensembles: how many members there are in each that is judged. calibration: judged
-    with a recalibration too.
+    with a recalibration too. note: what the result does not tell.
     """
 
     title: str
@@ -43,6 +43,7 @@ class Study:
     stars: bool = False
     ensembles: tuple[int, ...] = ()
     calibration: bool = False
+    note: str = ""
 
 
 MEMBERS = "models/lsst-ensemble"
@@ -103,6 +104,8 @@ STUDIES: dict[str, Study] = {
         "What do more members add?",
         "JADES paper: ten members give sigma_IQR 0.0311 and 5.0 % outliers, single ones 0.0356 to 0.0435 and 5.7 to 8.4 %.",
         ensembles=(1, 2, 3),
+        note="The second and third member went on from the first: part of what they add is their further training. Of two members, "
+        "what both find is kept, of three what two find.",
     ),
     "calibration": Study(
         "Calibration on and off",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,12 @@ for both at once; what another seed of the training would give is in none of the
 trains, judges and writes this page (`--render`: the page alone). A minute stands for 240 steps, as on the fastest
 machine we had; studies of members train none and ask those of `models/lsst-ensemble`. The dotted line is the first variant.
 """
+
+
+ADAPTED = (
+    "The member had learned under the conditions of the first variant: what others lose is an upper limit, as far as they had not "
+    "yet adapted. NLL of the validation split, after three quarters of the steps and at the end:"
+)
 
 
 def write_page(results: Path, page: Path) -> Path:
@@ -56,11 +62,12 @@ def found(name: str, study: Study, result: Mapping[str, Any]) -> Iterator[str]:
     yield "|" + 9 * "---|"
     for label, one in figures["variants"].items():
         share, error = 100 * one["outlier_fraction"], 100 * one["outlier_fraction_error"]
+        uniform = f"{one['ks']:.4f} ± {one['ks_error']:.4f}" if "ks" in one else ""
         yield (
             f"| {label} | {one['bias']:+.4f} ± {one['bias_error']:.4f} | {one['sigma_iqr']:.4f} ± {one['sigma_iqr_error']:.4f} "
             f"| {less(one, 'sigma_iqr', 4)} "
             f"| {share:.1f} ± {error:.1f} % | {one['cde_loss']:.2f} ± {one['cde_loss_error']:.2f} | {one['nll']:.3f} ± "
-            f"{one['nll_error']:.3f} | {less(one, 'nll', 3)} | {one['ks']:.4f} ± {one['ks_error']:.4f} |"
+            f"{one['nll_error']:.3f} | {less(one, 'nll', 3)} | {uniform} |"
         )
     complete = ", ".join(f"{label} {100 * share:.1f} %" for label, share in figures["completeness"].items())
     yield f"\n*Here.* {figures['common']} galaxies that all found, of {figures['test']}; completeness: {complete}."
@@ -69,7 +76,12 @@ def found(name: str, study: Study, result: Mapping[str, Any]) -> Iterator[str]:
         f"{figures['steps']} steps of {figures['batch']} crops each" if figures["steps"] else f"Members of `{figures['members']}`"
     )
     trained += f", all from the member of `{figures['start']}`" if figures.get("start") else ""
-    yield f"{trained}; {made}.\n"
+    yield f"{trained}; {made}."
+    if figures.get("start"):
+        yield (
+            ADAPTED + " NLL of the validation split, three quarters on and at the end: " + ", ".join(ends(figures["curves"])) + "."
+        )
+    yield f"{study.note}\n"
 
 
 def less(one: Mapping[str, Any], name: str, digits: int) -> str:
@@ -77,3 +89,10 @@ def less(one: Mapping[str, Any], name: str, digits: int) -> str:
     if "less_first" not in one:
         return ""
     return f"{one['less_first'][name]:+.{digits}f} ± {one['less_first'][f'{name}_error']:.{digits}f}"
+
+
+def ends(curves: Mapping[str, Sequence[Sequence[float]]]) -> Iterator[str]:
+    """The last two validations of each variant."""
+    for label, points in curves.items():
+        if len(points) > 1:
+            yield f"{label} {points[-2][1]:.3f}, {points[-1][1]:.3f}"
