@@ -6,10 +6,10 @@ the true positions in the same images, learned from the gold galaxies (i < 25.3)
 
 All are judged on the galaxies that the network found, clear of the border of their scene, which is the scene's and not the sky's;
 completeness with the border is told, and within 1", the radius of the papers. What the network does not find, blends above all,
-counts against it in completeness alone: the codes' scores on all galaxies, and on all blends, stand beside. Redshifts of the network
-are modes (medians and the redshifts of the least risk stand beside), scatter and outliers those of the LSST paper, whose limit is
-three times one's own sigma_IQR: how many lie beyond that of each code is told too. ``calibrated`` is the ensemble with what
-`members calibrate` has learned.
+counts against it in completeness alone: the codes' scores on all galaxies, and on all blends, stand beside. Redshifts of the
+network are modes (medians and the redshifts of the least risk stand beside), scatter and outliers those of the LSST paper, whose
+limit is three times one's own sigma_IQR: how many lie beyond that of each code is told too. ``calibrated`` is the ensemble with
+what `members calibrate` has learned.
 ``--each`` looks with every member alone as well, on the galaxies that all of them found, for the scatter over members.
 """
 
