@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import differential_entropy
 
 from benchmarks import record, scoring
 from benchmarks.codes import CODES
@@ -122,6 +123,7 @@ def judge(seen: Seen, gold: Gold, traits: Traits, codes: Mapping[str, Judged], c
         "radius_arcsec": RADIUS_ARCSEC,
         "radius_wide_arcsec": WIDE_ARCSEC,
         "main": main,
+        "entropy": scoring.rounded(float(differential_entropy(truth))),  # less the NLL: what densities know, nats at least
         "scores": table,
         "of_all": {
             name: scoring.scores(judged.select(traits.whole), gold.redshift[traits.whole]) for name, judged in codes.items()

@@ -6,6 +6,7 @@ features brought to a few dimensions by UMAP. Glossary: N galaxies, D features, 
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ RATE, RATE_FALLS = 1e-3, (50, 100, 150)
 BATCH = 512
 HELD_OUT = 0.2
 """Share of the galaxies that a flow does not learn from and is judged on."""
+WATCHED = 0.1
+"""Share of the others that tells which epoch's flow is kept; wide features are learned by heart soon."""
 LEAST_OBJECTS = 100
 LAYERS = (64, 64)
 REACH = 5.0
@@ -111,6 +114,7 @@ def _log_likelihood(x: NDArray[np.float32], z: Floats, epochs: int, seed: int) -
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(z))
     held, kept = np.split(order, [max(1, int(HELD_OUT * len(z)))])
+    watched, learned = np.split(kept, [max(1, int(WATCHED * len(kept)))])
     centre, width = float(z[kept].mean()), float(z[kept].std())
     features, target = _scaled(x, kept), torch.from_numpy((z - centre) / width).float()[:, None]
     with torch.random.fork_rng(devices=[]):
@@ -119,17 +123,24 @@ def _log_likelihood(x: NDArray[np.float32], z: Floats, epochs: int, seed: int) -
     optimiser = torch.optim.Adam(flow.parameters(), RATE)
     falls = [max(1, round(fall * epochs / EPOCHS)) for fall in RATE_FALLS]
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimiser, falls, 0.1)
+
+    def log_density(rows: NDArray[np.int64]) -> float:
+        with torch.no_grad():
+            index = torch.from_numpy(rows)
+            return float(flow(features[index]).log_prob(target[index]).mean())
+
+    best, state = log_density(watched), copy.deepcopy(flow.state_dict())
     for _ in range(epochs):
-        for batch in np.array_split(rng.permutation(kept), -(-len(kept) // BATCH)):
+        for batch in np.array_split(rng.permutation(learned), -(-len(learned) // BATCH)):
             index = torch.from_numpy(batch)
             optimiser.zero_grad()
             (-flow(features[index]).log_prob(target[index]).mean()).backward()
             optimiser.step()
         schedule.step()
-    with torch.no_grad():
-        index = torch.from_numpy(held)
-        found = float(flow(features[index]).log_prob(target[index]).mean())
-    return found - float(np.log(width))
+        if (reached := log_density(watched)) > best:
+            best, state = reached, copy.deepcopy(flow.state_dict())
+    flow.load_state_dict(state)
+    return log_density(held) - float(np.log(width))
 
 
 def _scaled(x: NDArray[np.float32], kept: NDArray[np.int64]) -> torch.Tensor:
