@@ -21,8 +21,8 @@ for both at once; what another seed of the training would give is in none of the
 
     $ python -m benchmarks.studies --study NAME --minutes 20
 
-trains, judges and writes this page (`--render`: the page alone). A minute stands for 240 steps, as on the fastest
-machine we had; studies of members train none and ask those of `models/lsst-ensemble`. The dotted line is the first variant.
+trains, judges and writes this page (`--render`: the page alone). A minute stands for 240 steps, as on the fastest machine we had;
+studies of members train none and ask those of `models/lsst-ensemble`. The dotted line is the first variant.
 """
 
 
@@ -78,9 +78,7 @@ def found(name: str, study: Study, result: Mapping[str, Any]) -> Iterator[str]:
     trained += f", all from the member of `{figures['start']}`" if figures.get("start") else ""
     yield f"{trained}; {made}."
     if figures.get("start"):
-        yield (
-            ADAPTED + " NLL of the validation split, three quarters on and at the end: " + ", ".join(ends(figures["curves"])) + "."
-        )
+        yield f"{ADAPTED} {', '.join(ends(figures['curves']))}."
     yield f"{study.note}\n"
 
 
