@@ -86,7 +86,6 @@ STUDIES: dict[str, Study] = {
             Variant("ugrizy"),
             Variant("grizy", ("model.bands=[g, r, i, z, y]",)),
             Variant("griz", ("model.bands=[g, r, i, z]",)),
-            Variant("gri", ("model.bands=[g, r, i]",)),
         ),
         tuned=True,
     ),

@@ -9,6 +9,7 @@ import pytest
 from scipy.optimize import linear_sum_assignment
 
 from deepdisc_ops.config import SkySettings
+from deepdisc_ops.data.reference import load_reference
 from deepdisc_ops.data.simulate import simulate_scene, write_scene
 from deepdisc_ops.inference.ensemble import Ensemble
 from deepdisc_ops.inference.mosaic import predict_mosaic
@@ -43,6 +44,21 @@ def test_the_lsst_ensemble_is_three_calibrated_members_that_agree(spaced: Path) 
     assert three.completeness.value >= one.completeness.value - 0.02
     assert three.purity.value >= one.purity.value - 0.04
     assert three.mean_nll <= one.mean_nll + 0.02
+
+
+def test_the_dc2_ensemble_knows_the_colours_of_its_sky(spaced: Path) -> None:
+    """Its members went on from the three of `lsst-ensemble`, which saw the templates' colours alone."""
+    sky = load_reference("lsst_reference_dc2").sky_settings("test")
+    write_scene(simulate_scene(sky, size=768, seed=4444), spaced / "sky.fits")
+    told = {}
+    for model in ("lsst-ensemble", "dc2-ensemble"):
+        catalogue(model, spaced / "sky.fits", spaced / f"{model}.parquet")
+        told[model] = evaluate_files(spaced / f"{model}.parquet", spaced / "sky.fits", spaced / model)
+    before, after = told["lsst-ensemble"], told["dc2-ensemble"]
+    assert Ensemble.load(MODELS / "dc2-ensemble").calibration is not None
+    assert after.completeness.value >= 0.95
+    assert after.lsst.sigma_iqr <= 0.06
+    assert after.mean_nll <= before.mean_nll - 0.05
 
 
 def test_the_lsst_member_on_a_sky_it_has_not_seen(spaced: Path) -> None:
