@@ -5,10 +5,9 @@ pooled features in the boxes of the truth, before any training and with each mem
 five apertures of the same images (asinh magnitudes, colours, sizes; what `benchmarks.baselines` learns from). All on the same
 galaxies, through as many UMAP dimensions and flows (`deepdisc_ops.inference.information`).
 
-UMAP does not know of redshift and keeps what separates galaxies most: of features that were trained for redshift that is redshift,
-of fluxes it is brightness. The bound of fluxes is therefore far below what they know, which the densities of a code that learned
-from them tell better: H(z) less their NLL, in the result of `benchmarks.photoz`. The map of the last member's features goes to
-docs/. What is in the work folder is not done again.
+UMAP does not know of redshift and keeps what separates galaxies most, so that a bound through it may be far below what features
+know; the densities of a code that learned from the fluxes tell more of these: H(z) less their NLL, in the result of
+`benchmarks.photoz`. The map of the last member's features goes to docs/. What is in the work folder is not done again.
 """
 
 from __future__ import annotations

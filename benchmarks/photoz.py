@@ -10,6 +10,7 @@ counts against it in completeness alone: the codes' scores on all galaxies, and 
 network are modes (medians and the redshifts of the least risk stand beside), scatter and outliers those of the LSST paper, whose
 limit is three times one's own sigma_IQR: how many lie beyond that of each code is told too. ``calibrated`` is the ensemble with
 what `members calibrate` has learned.
+
 ``--each`` looks with every member alone as well, on the galaxies that all of them found, for the scatter over members.
 """
 
@@ -23,7 +24,6 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import asdict
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -169,8 +169,7 @@ def blends(rows: Mapping[str, Judged], seen: Seen, gold: Gold, traits: Traits, c
 def complete_in_bins(found: Bools, column: Floats, edges: Sequence[float]) -> list[dict[str, float]]:
     """How many of the galaxies (N,) were found, in bins of a column (N,)."""
     rows = []
-    for low, high in pairwise(edges):
-        inside = (column >= low) & ((column < high) | ((high == edges[-1]) & (column == high)))
+    for low, high, inside in scoring.bins(column, edges):
         if inside.any():
             share = completeness(inside, np.flatnonzero(found))
             rows.append({"low": low, "high": high, **{name: scoring.rounded(value) for name, value in asdict(share).items()}})

@@ -7,7 +7,7 @@ kept as a .npz file, whose digest the frozen result remembers. Glossary: N galax
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import pairwise
 from pathlib import Path
@@ -162,11 +162,16 @@ def rounded(value: float) -> float:
     return float(f"{value:.4g}")
 
 
+def bins(column: Floats, edges: Sequence[float]) -> Iterator[tuple[float, float, NDArray[np.bool_]]]:
+    """The edges of each bin, and which of the column (N,) are in it; the last edge belongs to the last bin."""
+    for low, high in pairwise(edges):
+        yield low, high, (column >= low) & ((column < high) | ((high == edges[-1]) & (column == high)))
+
+
 def binned(codes: Mapping[str, Judged], truth: Floats, column: Floats, edges: Sequence[float]) -> list[dict[str, Any]]:
     """Scatter and outliers of each code, with errors, in bins of a column of the truth (N,); all codes on the same galaxies."""
     rows = []
-    for low, high in pairwise(edges):
-        inside = (column >= low) & ((column < high) | ((high == edges[-1]) & (column == high)))
+    for low, high, inside in bins(column, edges):
         if inside.sum() < 2:
             continue
         row: dict[str, Any] = {"low": low, "high": high, "n": int(inside.sum())}

@@ -67,6 +67,21 @@ def test_differences_have_the_errors_of_pairs(judged: tuple[Judged, np.ndarray])
     assert set(scoring.differences(one, one, truth).values()) == {0.0}
 
 
+def test_ratios_have_the_errors_of_pairs(judged: tuple[Judged, np.ndarray]) -> None:
+    one, truth = judged
+    far = np.where(np.arange(truth.size) < 10, 1.0, 0.0)  # ten outliers, and twenty of the other
+    base = replace(one, redshift=one.redshift + far * (1 + truth))
+    other = replace(one, redshift=one.redshift + (far + np.roll(far, 10)) * (1 + truth))
+    found = scoring.over(other, base, truth)
+    assert found["outlier_fraction"] == found["beyond_its_limit"] == pytest.approx(2.0)
+    assert scoring.over(base, base, truth) == {key: (0.0 if key.endswith("_error") else 1.0) for key in found}
+
+
+def test_completeness_in_bins_counts_every_galaxy_once() -> None:
+    rows = photoz.complete_in_bins(np.array([True, False, True, True]), np.array([0.1, 0.2, 0.5, 1.0]), (0.0, 0.5, 0.7, 1.0))
+    assert [(row["n"], row["value"]) for row in rows] == [(2, 0.5), (1, 1.0), (1, 1.0)]
+
+
 def test_codes_that_changed_since_they_were_frozen_are_named(
     judged: tuple[Judged, np.ndarray], spaced: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
