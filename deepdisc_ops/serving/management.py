@@ -37,10 +37,11 @@ class Worker:
 
 @dataclass(frozen=True)
 class ModelStatus:
-    """Workers of the model, and how many requests wait for one."""
+    """Workers of the model, and how many requests wait for one; ``denied``: the token is worthless, and nothing is known."""
 
     workers: tuple[Worker, ...]
     pending: int
+    denied: bool = False
 
     @property
     def ready(self) -> int:
@@ -62,7 +63,7 @@ def model_status(url: str, token: str) -> ModelStatus:
     """Ask the management address ``url``; no workers while the model is being loaded. Raises httpx.HTTPError."""
     reply = httpx.get(f"{url}/models/{MODEL_NAME}", headers=_bearer(token), timeout=TIMEOUT_S, trust_env=False)
     if reply.status_code != httpx.codes.OK:
-        return ModelStatus((), 0)
+        return ModelStatus((), 0, denied=reply.status_code in (400, 401, 403))
     models: list[dict[str, Any]] = reply.json()
     workers = tuple(
         Worker(str(worker["id"]), int(worker["pid"]), str(worker["status"]), int(worker.get("memoryUsage", 0)))

@@ -53,6 +53,8 @@ __all__ = [
 ]
 
 POLL_S = 0.2
+RENEWAL_S = 5.0
+"""How long new tokens may take from TorchServe, where the old ones end, to the discovery file."""
 
 log = logging.getLogger(__name__)
 
@@ -133,14 +135,28 @@ def status(run_dir: Path) -> ServerStatus:
         stage = said.stage if said else "starting"
         return ServerStatus("unready", f"the server of {run_dir} is {stage}", info, healthy=True, supervisor=said)
     try:
-        model = management.model_status(info.management_url, info.management_token)
+        info, model = _ask(run_dir, info)
     except httpx.HTTPError as error:
         return ServerStatus("unready", f"{info.url} runs but does not answer ({type(error).__name__})", info, supervisor=said)
+    if model.denied:
+        what = f"{info.url} does not accept the token in {run_dir / DISCOVERY}; deepdisc-ops serve renew makes new ones"
+        return ServerStatus("unready", what, info, supervisor=said)
     what = f"{info.url} serves {info.archive}: {model.ready} of {info.workers} workers ready"
     if said.retiring:
         what += f"; server {', '.join(map(str, said.retiring))} finishes its requests"
     complete: State = "ready" if model.ready >= info.workers else "unready"
     return ServerStatus(complete, what, info, True, said, model.workers, model.pending)
+
+
+def _ask(run_dir: Path, info: ServerInfo) -> tuple[ServerInfo, management.ModelStatus]:
+    """What the server says of its model, asked again when its token was renewed between our reading and our asking."""
+    deadline = time.monotonic() + RENEWAL_S
+    while True:
+        model = management.model_status(info.management_url, info.management_token)
+        if not model.denied or time.monotonic() > deadline:
+            return info, model
+        time.sleep(POLL_S)
+        info = read_discovery(run_dir) or info
 
 
 def stop(run_dir: Path, *, grace_s: float = STOP_GRACE_S) -> bool:

@@ -13,14 +13,16 @@ import os
 import re
 import signal
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from enum import IntEnum
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -38,6 +40,8 @@ PATIENCE = timedelta(minutes=30)
 """How long a rank waits for the others; validation shards and file systems are never all alike."""
 GRACE_S = 60.0
 """How long ranks that were told to stop may take to end after the first of them has."""
+CAUSE_S = 3.0
+"""How long after the error of one rank another may tell its own, which may be the cause of the first."""
 
 
 @dataclass(frozen=True)
@@ -103,10 +107,15 @@ class World:
             host, _, port = self.meeting.removeprefix("tcp://").rpartition(":")
             place = {"store": TCPStore(host, int(port), is_master=False, timeout=PATIENCE)}
         dist.init_process_group(backend, rank=self.rank, world_size=self.ranks, timeout=PATIENCE, **place)
+        together = True
         try:
             yield
+        except Exception as error:
+            together = isinstance(error, Requeue)  # else the others still compute: parting could wait for them, or fail them
+            raise
         finally:
-            dist.destroy_process_group()
+            if together:
+                dist.destroy_process_group()
 
 
 def world_from_environment(environment: Mapping[str, str]) -> World | None:
@@ -209,12 +218,34 @@ def spawn(work: Callable[..., None], arguments: tuple[Any, ...], ranks: int, rep
             connection.close()
 
 
+class Origin(IntEnum):
+    """Where an error came from; what has a lower number may be the cause of what has a higher one, never its consequence."""
+
+    RAISED = 0
+    DEATH = 1
+    UNEXPECTED = 2
+
+
+class Fault(NamedTuple):
+    """How a rank failed; of several faults the smallest is the cause. ``moment`` in seconds of the monotonic clock."""
+
+    origin: Origin
+    moment: float
+    error: Exception
+
+
 def _listen(running: dict[Connection, BaseProcess], report: Report | None, told_to_stop: Callable[[], bool]) -> None:
-    """Serve the ranks until all have ended; the first error is raised, after all were given time to stop if they were told to."""
+    """Serve the ranks until all have ended; the cause of the errors is raised.
+
+    After the first error the others have ``CAUSE_S`` to tell theirs, or ``GRACE_S`` to save where they were told to stop.
+    """
     pending: set[Connection] = set(running)
-    fault: Exception | None = None
+    faults: list[Fault] = []
+    deadline: float | None = None
     while pending:
-        ready = wait(list(pending), timeout=GRACE_S if fault else None)
+        ready = wait(list(pending), timeout=None if deadline is None else max(0.0, deadline - time.monotonic()))
+        if not ready:
+            break
         for connection in pending.intersection(ready):
             try:
                 kind, value = connection.recv()
@@ -227,18 +258,20 @@ def _listen(running: dict[Connection, BaseProcess], report: Report | None, told_
                 continue
             pending.discard(connection)
             if kind == "error":
-                fault = fault or value
-        if fault and not (ready and isinstance(fault, Requeue)):
-            break
-    if fault:
-        raise fault
+                faults.append(value)
+        if faults and deadline is None:
+            deadline = time.monotonic() + (GRACE_S if isinstance(faults[0].error, Requeue) else CAUSE_S)
+    if faults:
+        raise min(faults, key=lambda fault: fault[:2]).error
 
 
-def _death(process: BaseProcess, told_to_stop: bool) -> TrainingError:
+def _death(process: BaseProcess, told_to_stop: bool) -> Fault:
     process.join(5)
     if told_to_stop:
-        return Requeue("training was told to stop before it had begun; the same command starts it")
-    return TrainingError(f"a rank ended without a word (exit code {process.exitcode}); memory is the usual reason")
+        error: Exception = Requeue("training was told to stop before it had begun; the same command starts it")
+    else:
+        error = TrainingError(f"a rank ended without a word (exit code {process.exitcode}); memory is the usual reason")
+    return Fault(Origin.DEATH, time.monotonic(), error)
 
 
 def _run_rank(
@@ -259,13 +292,19 @@ def _run_rank(
     try:
         work(world, report if world.main else None, *arguments)
         connection.send(("done", None))
+    except DeepdiscOpsError as error:
+        _tell(connection, Fault(Origin.RAISED, time.monotonic(), error))
     except Exception as caught:
-        error: Exception = caught
-        if not isinstance(error, DeepdiscOpsError):
-            logging.getLogger(__name__).exception("rank %d failed", world.rank)
-            error = TrainingError(f"rank {world.rank} failed with {type(error).__name__}: {error}")  # not all can be pickled
-        connection.send(("error", error))
-        os._exit(1)  # parting from ranks that still compute could wait for them
+        moment = time.monotonic()
+        logging.getLogger(__name__).exception("rank %d failed", world.rank)
+        told = TrainingError(f"rank {world.rank} failed with {type(caught).__name__}: {caught}")  # not all can be pickled
+        _tell(connection, Fault(Origin.UNEXPECTED, moment, told))
+
+
+def _tell(connection: Connection, fault: Fault) -> None:
+    """Tell the parent, and end without parting from ranks that still compute."""
+    connection.send(("error", fault))
+    os._exit(1)
 
 
 def die_with_parent(parent: int) -> None:

@@ -176,6 +176,26 @@ def test_readiness_counts_the_workers(spaced: Path, monkeypatch: pytest.MonkeyPa
     assert "server 1 finishes" in found.what
 
 
+def test_a_token_renewed_while_the_status_is_asked_is_read_anew(spaced: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def get(_: str, headers: dict[str, str], **__: object) -> httpx.Response:
+        if headers["Authorization"] == "Bearer renewed":
+            return httpx.Response(200, json=[{"workers": [{"id": "9000", "pid": 1, "status": "READY"}]}])
+        if renews:
+            renewed = replace(INFO, management_token="renewed", workers=1)
+            discovery.write_private(spaced / "server.json", discovery.encode_discovery(renewed))
+        return httpx.Response(400, json={"code": 400, "type": "InvalidKeyException", "message": "Token Authorization failed."})
+
+    monkeypatch.setattr(httpx, "get", get)
+    monkeypatch.setattr(server, "RENEWAL_S", 1)
+    with state.locked(spaced):
+        state.write_state(spaced, SAID)
+        for renews, expected in ((False, "unready"), (True, "ready")):
+            discovery.write_private(spaced / "server.json", discovery.encode_discovery(INFO))
+            found = server.status(spaced)
+            assert (found.state, found.healthy) == (expected, renews)
+            assert renews or "does not accept the token" in found.what
+
+
 def test_a_folder_of_other_things_is_not_made_a_run_directory(spaced: Path) -> None:
     (spaced / "thesis.tex").write_text("")
     with pytest.raises(ServerError, match=r"thesis\.tex"):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from multiprocessing import connection
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from deepdisc_ops.config import TrainingConfig, TrainSettings
 from deepdisc_ops.data.records import GALAXY
 from deepdisc_ops.data.store import open_dataset
 from deepdisc_ops.errors import ConfigError, Requeue, TrainingError
-from deepdisc_ops.training import loop
+from deepdisc_ops.training import distributed, loop
 from deepdisc_ops.training.checkpoint import read_history
 from deepdisc_ops.training.distributed import World, check_devices, first_host, spawn, world_from_environment
 
@@ -163,11 +164,16 @@ def test_a_rank_without_a_labelled_object_does_not_wait_for_one(mini_dataset: Pa
     assert float(gradients[0][max(gradients[0])].abs().max()) > 1e-3  # of the redshift head, which comes last
 
 
-def test_an_error_of_a_rank_and_its_death_are_told() -> None:
-    with pytest.raises(ConfigError, match="the second rank found a fault"):
-        spawn(training_runs.fails, (), 2, None)
-    with pytest.raises(TrainingError, match=r"a rank ended without a word \(exit code -9\)"):
-        spawn(training_runs.dies, (), 2, None)
+def test_an_error_of_a_rank_and_its_death_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not what they bring about on the ranks that wait, which has been told as well when this slow process looks up."""
+    monkeypatch.setattr(distributed, "wait", lambda pending, timeout: time.sleep(1) or connection.wait(pending, timeout))
+    for work, error, told in (
+        (training_runs.fails, ConfigError, "the second rank found a fault"),
+        (training_runs.is_puzzled, TrainingError, "rank 1 failed with KeyError: 'no such band'"),
+        (training_runs.dies, TrainingError, r"a rank ended without a word \(exit code -9\)"),
+    ):
+        with pytest.raises(error, match=told):
+            spawn(work, (), 2, None)
 
 
 def test_ranks_are_read_from_torchrun_and_from_srun() -> None:

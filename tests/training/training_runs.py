@@ -78,6 +78,14 @@ def fails(world: World, report: Report | None) -> None:
         world.barrier()
 
 
+def is_puzzled(world: World, report: Report | None) -> None:
+    """The second rank comes upon a bug while the first waits for it."""
+    with world.joined(torch.device("cpu")):
+        if world.rank == 1:
+            raise KeyError("no such band")
+        world.barrier()
+
+
 def dies(world: World, report: Report | None) -> None:
     """The second rank is killed while the first waits for it."""
     with world.joined(torch.device("cpu")):
