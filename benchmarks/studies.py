@@ -103,8 +103,9 @@ class Runner:
         return file
 
     def name(self, variant: Variant, tuned: bool) -> str:
-        """Of the folder of a variant: what differs from the preset, for how many steps, in which precision."""
-        words = [variant.sky, *variant.overrides, *(["tuned"] if tuned else []), f"{self.steps}", self.precision]
+        """Of the folder of a variant: what differs from the preset, where it starts, for how many steps, in which precision."""
+        start = [f"tuned-{short_digest(Path(__file__).parents[1] / START)}"] if tuned else []
+        words = [variant.sky, *variant.overrides, *start, f"{self.steps}", self.precision]
         return "_".join("".join(c if c.isalnum() else "-" for c in word) for word in words)
 
     def answers(self, variant: Variant, tuned: bool) -> tuple[Answers, Path]:
@@ -118,7 +119,7 @@ class Runner:
     def members(self, count: int) -> tuple[Answers, Path]:
         """What the first ``count`` members of the published ensemble say together of the test split, and their folder."""
         source = Path(__file__).parents[1] / MEMBERS
-        name = f"{source.name}-{count}-{digest(source).removeprefix('sha256:')[:12]}"
+        name = f"{source.name}-{count}-{short_digest(source)}"
         folder = self.work / "ensembles" / name
         if not (folder / DESCRIPTION).is_file():
             description = read_description(source)
@@ -141,6 +142,11 @@ class Runner:
             torch.set_num_threads(self.cores)
             ask(ensemble, dataset, "test", progress(f"{label}, test")).save(file)
         return Answers.load(file)
+
+
+def short_digest(ensemble: Path) -> str:
+    """What tells the weights of an ensemble from others in the name of a folder."""
+    return digest(ensemble).removeprefix("sha256:")[:12]
 
 
 def progress(what: str) -> Any:

@@ -21,6 +21,7 @@ from deepdisc_ops.sky.matching import centre_separation_arcsec, chance_matches, 
 
 Floats = NDArray[np.float64]
 Indices = NDArray[np.int64]
+Bools = NDArray[np.bool_]
 
 GALAXY = 0
 CATALOG_COLUMNS = ("ra", "dec", "z_mode", "mix_weights", "mix_means", "mix_sigmas")
@@ -89,9 +90,9 @@ class Evaluation:
     pit: Floats
     gold_truth: Indices
     gold_catalog: Indices
-    is_gold: NDArray[np.bool_]
-    real: NDArray[np.bool_]
-    found: NDArray[np.bool_]
+    is_gold: Bools
+    real: Bools
+    found: Bools
 
     @property
     def gain_over_constant(self) -> float:
@@ -123,71 +124,104 @@ def evaluate(
     mag_column = f"mag_{gold_band}"
     _require_columns(catalog, CATALOG_COLUMNS, "the catalogue")
     _require_columns(truth, (*TRUTH_COLUMNS, mag_column), "the truth")
-    once = _listed_once(truth, mag_column)
-    sky = [numbers(truth, "ra")[once], numbers(truth, "dec")[once], numbers(catalog, "ra"), numbers(catalog, "dec")]
-    is_gold = np.zeros(len(truth), bool)
-    is_gold[once] = ((numbers(truth, "class") == GALAXY) & (numbers(truth, mag_column) < gold_limit))[once]
-    if not is_gold.any():
-        raise CatalogError(
-            f"none of the {len(truth)} truth sources is a galaxy with {mag_column} < {gold_limit}; give a fainter limit"
-        )
-
-    gold = np.flatnonzero(is_gold)
-    gold_ra, gold_dec = numbers(truth, "ra")[gold], numbers(truth, "dec")[gold]
-    found = match_on_sky(gold_ra, gold_dec, sky[2], sky[3], radius_arcsec)
-    if not len(found):
-        raise CatalogError(_why_no_match(sky, radius_arcsec))
-    to_any = match_on_sky(sky[2], sky[3], sky[0], sky[1], radius_arcsec)
-    any_truth = once[to_any.index2]
-    known = np.isfinite(numbers(truth, "redshift")[gold[found.index1]])
+    pairs = _matched(catalog, truth, mag_column, gold_limit, radius_arcsec)
+    known = np.isfinite(numbers(truth, "redshift")[pairs.gold])
     if not known.any():
-        raise CatalogError(f"none of the {len(found)} matched gold galaxies has a redshift in the truth; no estimate can be judged")
-    gold_truth, gold_catalog = gold[found.index1[known]], found.index2[known]
+        raise CatalogError(f"none of the {len(known)} matched gold galaxies has a redshift in the truth; no estimate can be judged")
+    gold_truth, gold_catalog = pairs.gold[known], pairs.gold_catalog[known]
     z_true = numbers(truth, "redshift")[gold_truth]
     z_mode = _redshifts(catalog, "z_mode", gold_catalog, "z_mode values")
     lsst, jades = (metrics.point_metrics(z_mode, z_true, convention, rng) for convention in metrics.CONVENTIONS)
     pit, nll, cde = _density_scores(catalog, gold_catalog, z_true)
     z_constant = metrics.most_common_redshift(z_true)
     constant = metrics.residual(np.full_like(z_true, z_constant), z_true, "lsst")
-    real = np.zeros(len(catalog), bool)
-    real[to_any.index1] = True
-    has_match = np.zeros(len(truth), bool)
-    has_match[any_truth] = True
     return Evaluation(
         n_catalog=len(catalog),
-        n_truth=len(once),
-        n_gold=len(gold),
-        n_matched=len(found),
+        n_truth=pairs.n_once,
+        n_gold=int(pairs.is_gold.sum()),
+        n_matched=len(pairs.gold),
         n_judged=len(gold_truth),
         gold_band=gold_band,
         gold_limit=gold_limit,
         radius_arcsec=radius_arcsec,
-        completeness=metrics.completeness(is_gold, gold[found.index1]),
-        completeness_chance=chance_matches(gold_ra, gold_dec, sky[2], sky[3], radius_arcsec),
-        purity=metrics.purity(len(catalog), to_any.index1),
-        purity_chance=chance_matches(sky[2], sky[3], sky[0], sky[1], radius_arcsec),
+        completeness=metrics.completeness(pairs.is_gold, pairs.gold),
+        completeness_chance=pairs.completeness_chance,
+        purity=metrics.purity(len(catalog), pairs.any_catalog),
+        purity_chance=pairs.purity_chance,
         lsst=lsst,
         jades=jades,
         pit_ks=metrics.pit_ks(pit),
         mean_nll=float(nll.mean()),
         z_constant=z_constant,
         sigma_iqr_constant=float(metrics.sigma_iqr(constant)),
-        n_duplicates=len(truth) - len(once),
+        n_duplicates=len(truth) - pairs.n_once,
         points={"mode": lsst} | _other_points(catalog, gold_catalog, z_true, rng),
         densities=metrics.density_metrics_of(pit, nll, cde, rng),
         coverage={f"{level:g}": _covered(pit, level) for level in CREDIBILITIES},
         recovery=_recovery(catalog, gold_catalog, z_mode, z_true),
         binned=_binned(truth, gold_truth, mag_column, z_mode, z_true, rng),
-        classes=_classes(catalog, truth, to_any.index1, any_truth),
-        blends=_blends(gold_ra, gold_dec, found.index1),
-        blended=_blended(truth, is_gold, gold[found.index1]),
+        classes=_classes(catalog, truth, pairs.any_catalog, pairs.any_truth),
+        blends=_blends(truth, pairs.is_gold, pairs.gold),
+        blended=_blended(truth, pairs.is_gold, pairs.gold),
         pit=pit,
         gold_truth=gold_truth,
         gold_catalog=gold_catalog,
-        is_gold=is_gold,
-        real=real,
-        found=has_match,
+        is_gold=pairs.is_gold,
+        real=_marked(pairs.any_catalog, len(catalog)),
+        found=_marked(pairs.any_truth, len(truth)),
     )
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """Which rows of truth and catalogue are one source.
+
+    ``is_gold`` (T,); ``gold`` and ``gold_catalog``: pairs of gold galaxies and objects; ``any_truth`` and ``any_catalog``: of all
+    sources; ``n_once``: sources of the truth that are no copies of others. The chances are those of `chance_matches`.
+    """
+
+    is_gold: Bools
+    gold: Indices
+    gold_catalog: Indices
+    any_truth: Indices
+    any_catalog: Indices
+    n_once: int
+    completeness_chance: float
+    purity_chance: float
+
+
+def _matched(catalog: Table, truth: Table, mag_column: str, gold_limit: float, radius_arcsec: float) -> _Pairs:
+    once = _listed_once(truth, mag_column)
+    ra, dec = numbers(truth, "ra"), numbers(truth, "dec")
+    all_sky, sky = (ra[once], dec[once]), (numbers(catalog, "ra"), numbers(catalog, "dec"))
+    is_gold = _marked(once, len(truth)) & (numbers(truth, "class") == GALAXY) & (numbers(truth, mag_column) < gold_limit)
+    if not is_gold.any():
+        raise CatalogError(
+            f"none of the {len(truth)} truth sources is a galaxy with {mag_column} < {gold_limit}; give a fainter limit"
+        )
+    gold = np.flatnonzero(is_gold)
+    gold_sky = ra[gold], dec[gold]
+    found = match_on_sky(*gold_sky, *sky, radius_arcsec)
+    if not len(found):
+        raise CatalogError(_why_no_match([*all_sky, *sky], radius_arcsec))
+    to_any = match_on_sky(*sky, *all_sky, radius_arcsec)
+    return _Pairs(
+        is_gold=is_gold,
+        gold=gold[found.index1],
+        gold_catalog=found.index2,
+        any_truth=once[to_any.index2],
+        any_catalog=to_any.index1,
+        n_once=len(once),
+        completeness_chance=chance_matches(*gold_sky, *sky, radius_arcsec),
+        purity_chance=chance_matches(*sky, *all_sky, radius_arcsec),
+    )
+
+
+def _marked(rows: Indices, size: int) -> Bools:
+    """True at ``rows`` of ``size``."""
+    marked = np.zeros(size, bool)
+    marked[rows] = True
+    return marked
 
 
 def catalog_mixture(catalog: Table, index: Indices | None = None) -> GaussianMixture:
@@ -248,15 +282,14 @@ def _classes(catalog: Table, truth: Table, index: Indices, truth_index: Indices)
     return metrics.class_shares(numbers(truth, "class")[truth_index], numbers(catalog, "class")[index])
 
 
-def _blends(ra: Floats, dec: Floats, matched: Indices) -> metrics.Share | None:
-    """Groups of gold galaxies at ra, dec all of whose members are among those ``matched``."""
-    hit = np.zeros(ra.size, bool)
-    hit[matched] = True
+def _blends(truth: Table, is_gold: Bools, matched: Indices) -> metrics.Share | None:
+    """Groups of gold galaxies all of whose members are among those ``matched``."""
+    ra, dec, hit = numbers(truth, "ra")[is_gold], numbers(truth, "dec")[is_gold], _marked(matched, len(truth))[is_gold]
     east = (ra - ra[0] + 180) % 360 - 180
     return metrics.blends_recognised(east * np.cos(np.radians(dec)) * 3600, dec * 3600, BLEND_ARCSEC, hit)
 
 
-def _blended(truth: Table, is_gold: NDArray[np.bool_], matched: Indices) -> metrics.Share | None:
+def _blended(truth: Table, is_gold: Bools, matched: Indices) -> metrics.Share | None:
     if "blendedness" not in truth.colnames:
         return None
     wanted = is_gold & (numbers(truth, "blendedness") > BLENDED)
