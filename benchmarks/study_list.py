@@ -70,8 +70,8 @@ STUDIES: dict[str, Study] = {
             Variant("two fifths", ("data.fraction=0.4",)),
             Variant("one fifth", ("data.fraction=0.2",)),
         ),
-        note="So short a training draws 14 crops from each of the 400 scenes, 72 from each of the fifth's 80: what more scenes bring "
-        "to one that lasts, it does not tell.",
+        note="So short a training draws 14 crops from each of the 400 scenes, 72 from each of the fifth's 80: what more scenes "
+        "bring to one that lasts, it does not tell.",
     ),
     "blur": Study(
         "Blurred images",
@@ -124,7 +124,7 @@ STUDIES: dict[str, Study] = {
             Variant("linear", ("model.input.scaling=linear",)),
             Variant("z-score", ("model.input.scaling=zscore",)),
         ),
-        note="After so few steps a network that sees linear pixels finds hardly a faint galaxy: those that all found are the bright "
-        "ones. Learning rate and score threshold were chosen with arcsinh.",
+        note="After so few steps a network that sees linear pixels finds hardly a faint galaxy: those that all found are the "
+        "bright ones. Learning rate and score threshold were chosen with arcsinh.",
     ),
 }
