@@ -28,8 +28,9 @@ studies of members train none and ask those of `models/lsst-ensemble`. The dotte
 
 ADAPTED = (
     "The member had learned under the conditions of the first variant: what others lose is an upper limit, as far as they had not "
-    "yet adapted. NLL of the validation split, after three quarters of the steps and at the end:"
+    "yet adapted."
 )
+ENDS = "NLL of the validation split, after three quarters of the steps and at the end, of which the better one is asked:"
 
 
 def write_page(results: Path, page: Path) -> Path:
@@ -78,7 +79,9 @@ def found(name: str, study: Study, result: Mapping[str, Any]) -> Iterator[str]:
     trained += f", all from the member of `{figures['start']}`" if figures.get("start") else ""
     yield f"{trained}; {made}."
     if figures.get("start"):
-        yield f"{ADAPTED} {', '.join(ends(figures['curves']))}."
+        yield ADAPTED
+    if figures.get("curves"):
+        yield f"{ENDS} {', '.join(ends(figures['curves']))}."
     yield f"{study.note}\n"
 
 

@@ -117,6 +117,7 @@ def test_the_page_has_a_section_for_every_study_run_or_not(judged: tuple[Judged,
         "common": 150,
         "completeness": {"5 years": 0.9},
         "steps": 960,
+        "curves": {"5 years": [[480, -0.5], [720, -0.8], [960, -0.75]], "1 year": [[960, -0.3]]},
         "members": None,
         "batch": 6,
         "test": 200,
@@ -131,6 +132,8 @@ def test_the_page_has_a_section_for_every_study_run_or_not(judged: tuple[Judged,
     assert len(lengths) == 1
     assert shown == {"": "less the first's", "5 years": "", "1 year": "+0.0000 ± 0.0000"}
     assert "150 galaxies that all found, of 200; completeness: 5 years 90.0 %" in text
+    assert "of which the better one is asked: 5 years -0.800, -0.750." in text
+    assert study_page.ADAPTED not in text
     assert "960 steps of 6 crops each; `python -m benchmarks.studies`, commit abc" in text
 
 
