@@ -92,7 +92,7 @@ class Runner:
         """The weights of `START`, its first convolution without the bands that are not among ``bands``."""
         source = Path(__file__).parents[1] / START
         description = read_description(source)
-        file = self.work / "starts" / f"{''.join(bands)}.safetensors"
+        file = self.work / "starts" / f"{short_digest(source)}-{''.join(bands)}.safetensors"
         if not file.is_file():
             tensors = load_file(source / description["members"][0]["file"])
             (first,) = (key for key in tensors if key.endswith("stem.conv1.weight"))
@@ -103,9 +103,9 @@ class Runner:
         return file
 
     def name(self, variant: Variant, tuned: bool) -> str:
-        """Of the folder of a variant: what differs from the preset, where it starts, for how many steps, in which precision."""
-        start = [f"tuned-{short_digest(Path(__file__).parents[1] / START)}"] if tuned else []
-        words = [variant.sky, *variant.overrides, *start, f"{self.steps}", self.precision]
+        """Of the folder of a variant: what differs from the preset, where it starts, for how many steps, how it is computed."""
+        start = [f"tuned-{short_digest(Path(__file__).parents[1] / START)}", *TUNING] if tuned else []
+        words = [variant.sky, *variant.overrides, *start, f"{self.steps}", self.precision, f"ranks-{self.cores}"]
         return "_".join("".join(c if c.isalnum() else "-" for c in word) for word in words)
 
     def answers(self, variant: Variant, tuned: bool) -> tuple[Answers, Path]:
@@ -165,6 +165,12 @@ def judged(answers: Answers, where: Bools, calibration: Any = None) -> Judged:
     return Judged.of_mixture(mixture.mode().numpy(), mixture, answers.redshift[where])
 
 
+def training(work: Path, name: str) -> dict[str, Any]:
+    """Where the member that is asked comes from: the commit and the ranks of its training, and its step."""
+    member = yaml.safe_load((work / "runs" / name / "best" / "member.yaml").read_text())
+    return {"commit": member["git_commit"][:7], "ranks": member["config"]["train"]["ranks"], "step": member["step"]}
+
+
 def curve(work: Path, name: str) -> list[list[float]]:
     """Step and validation NLL of a training, each time it was validated."""
     history = read_history(work / "runs" / name / "last")
@@ -212,6 +218,8 @@ def run(study: Study, runner: Runner) -> dict[str, Any]:
         "skies": {variant.label: variant.sky for variant in study.variants},
         "steps": runner.steps if study.variants else None,
         "curves": {variant.label: curve(runner.work, runner.name(variant, study.tuned)) for variant in study.variants},
+        "training": {variant.label: training(runner.work, runner.name(variant, study.tuned)) for variant in study.variants},
+        "median_magnitude": scoring.rounded(float(np.median(first.magnitude[galaxies]))),
         "start": START if study.tuned else None,
         "precision": runner.precision if study.variants else None,
         "members": MEMBERS if study.ensembles else None,

@@ -124,7 +124,7 @@ STUDIES: dict[str, Study] = {
             Variant("linear", ("model.input.scaling=linear",)),
             Variant("z-score", ("model.input.scaling=zscore",)),
         ),
-        note="After so few steps a network that sees linear pixels finds hardly a faint galaxy: those that all found are the "
-        "bright ones. Learning rate and score threshold were chosen with arcsinh.",
+        note="After so few steps a network that sees linear pixels finds hardly any faint galaxies: those that all found are "
+        "the bright ones. Learning rate and score threshold were chosen with arcsinh.",
     ),
 }

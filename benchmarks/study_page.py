@@ -71,12 +71,15 @@ def found(name: str, study: Study, result: Mapping[str, Any]) -> Iterator[str]:
             f"{one['nll_error']:.3f} | {less(one, 'nll', 3)} | {uniform} |"
         )
     complete = ", ".join(f"{label} {100 * share:.1f} %" for label, share in figures["completeness"].items())
-    yield f"\n*Here.* {figures['common']} galaxies that all found, of {figures['test']}; completeness: {complete}."
+    common = f"{figures['common']} galaxies that all found, of {figures['test']}"
+    common += f", their median i {figures['median_magnitude']:.1f}" if "median_magnitude" in figures else ""
+    yield f"\n*Here.* {common}; completeness: {complete}."
     made = f"`{result['command']}`, commit {result['commit']}, {result['date']}"
     trained = (
         f"{figures['steps']} steps of {figures['batch']} crops each" if figures["steps"] else f"Members of `{figures['members']}`"
     )
     trained += f", all from the member of `{figures['start']}`" if figures.get("start") else ""
+    trained += f" ({how_trained(figures['training'])})" if figures.get("training") else ""
     yield f"{trained}; {made}."
     if figures.get("start"):
         yield ADAPTED
@@ -90,6 +93,13 @@ def less(one: Mapping[str, Any], name: str, digits: int) -> str:
     if "less_first" not in one:
         return ""
     return f"{one['less_first'][name]:+.{digits}f} ± {one['less_first'][f'{name}_error']:.{digits}f}"
+
+
+def how_trained(members: Mapping[str, Mapping[str, Any]]) -> str:
+    """Commits, ranks, and the steps of the members that are asked."""
+    commits, ranks = (sorted({str(one[key]) for one in members.values()}) for key in ("commit", "ranks"))
+    asked = ", ".join(str(one["step"]) for one in members.values())
+    return f"commit {', '.join(commits)}, ranks {', '.join(ranks)}; asked as they were after {asked}"
 
 
 def ends(curves: Mapping[str, Sequence[Sequence[float]]]) -> Iterator[str]:

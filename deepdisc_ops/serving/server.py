@@ -140,7 +140,7 @@ def status(run_dir: Path) -> ServerStatus:
         return ServerStatus("unready", f"{info.url} runs but does not answer ({type(error).__name__})", info, supervisor=said)
     if model.denied:
         what = f"{info.url} does not accept the token in {run_dir / DISCOVERY}; deepdisc-ops serve renew makes new ones"
-        return ServerStatus("unready", what, info, supervisor=said)
+        return ServerStatus("unready", what, info, healthy=True, supervisor=said)
     what = f"{info.url} serves {info.archive}: {model.ready} of {info.workers} workers ready"
     if said.retiring:
         what += f"; server {', '.join(map(str, said.retiring))} finishes its requests"

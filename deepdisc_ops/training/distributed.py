@@ -95,7 +95,7 @@ class World:
 
     @contextmanager
     def joined(self, device: torch.device) -> Iterator[None]:
-        """Meet the other ranks, and part from them at the end."""
+        """Meet the other ranks, and part from them at the end; after an error other than `Requeue` the process has to end."""
         if self.ranks == 1:
             yield
             return
@@ -107,11 +107,12 @@ class World:
             host, _, port = self.meeting.removeprefix("tcp://").rpartition(":")
             place = {"store": TCPStore(host, int(port), is_master=False, timeout=PATIENCE)}
         dist.init_process_group(backend, rank=self.rank, world_size=self.ranks, timeout=PATIENCE, **place)
-        together = True
+        together = False  # where the others still compute, parting could wait for them, or fail them before our error is told
         try:
             yield
-        except Exception as error:
-            together = isinstance(error, Requeue)  # else the others still compute: parting could wait for them, or fail them
+            together = True
+        except Requeue:
+            together = True
             raise
         finally:
             if together:
@@ -222,7 +223,7 @@ class Origin(IntEnum):
     """Where an error came from; what has a lower number may be the cause of what has a higher one, never its consequence."""
 
     RAISED = 0
-    DEATH = 1
+    KILLED = 1
     UNEXPECTED = 2
 
 
@@ -260,7 +261,7 @@ def _listen(running: dict[Connection, BaseProcess], report: Report | None, told_
             if kind == "error":
                 faults.append(value)
         if faults and deadline is None:
-            deadline = time.monotonic() + (GRACE_S if isinstance(faults[0].error, Requeue) else CAUSE_S)
+            deadline = time.monotonic() + (GRACE_S if any(isinstance(fault.error, Requeue) for fault in faults) else CAUSE_S)
     if faults:
         raise min(faults, key=lambda fault: fault[:2]).error
 
@@ -271,7 +272,8 @@ def _death(process: BaseProcess, told_to_stop: bool) -> Fault:
         error: Exception = Requeue("training was told to stop before it had begun; the same command starts it")
     else:
         error = TrainingError(f"a rank ended without a word (exit code {process.exitcode}); memory is the usual reason")
-    return Fault(Origin.DEATH, time.monotonic(), error)
+    killed = process.exitcode == -signal.SIGKILL  # by a lack of memory; nccl aborts ranks that lose another
+    return Fault(Origin.KILLED if killed else Origin.UNEXPECTED, time.monotonic(), error)
 
 
 def _run_rank(

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file
 
-from benchmarks import metrics, photoz, record, scoring, study_page
+from benchmarks import metrics, photoz, record, scoring, studies, study_page
 from benchmarks.information import common
 from benchmarks.scoring import Judged
 from benchmarks.studies import aligned
 from benchmarks.study_list import STUDIES
 from benchmarks.study_sky import Answers
+from deepdisc_ops.inference import ensemble
 
 
 @pytest.fixture
@@ -108,6 +111,22 @@ def test_skies_of_two_depths_are_compared_source_by_source() -> None:
         np.testing.assert_array_equal(one.means[:, 0], one.redshift)
 
 
+def test_trainings_from_another_member_are_others(spaced: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = studies.Runner(spaced / "work", None, steps=10, quick=True)
+    variant = STUDIES["depth"].variants[0]
+    names, starts = set(), set()
+    for place in ("first", "second"):
+        folder = shutil.copytree(Path(__file__).parents[2] / "models" / "lsst-small", spaced / place)
+        description = folder / ensemble.DESCRIPTION
+        description.write_text(f"{description.read_text()}# {place}\n")
+        monkeypatch.setattr(studies, "START", str(folder))
+        names |= {runner.name(variant, tuned) for tuned in (False, True)}
+        starts |= {runner.start(bands) for bands in ("ugrizy", "griz")}
+    assert len(names) == 3  # one of them from scratch
+    assert len(starts) == 4
+    assert {load_file(start)["backbone.bottom_up.stem.conv1.weight"].shape[1] for start in starts} == {4, 6}
+
+
 def test_the_page_has_a_section_for_every_study_run_or_not(judged: tuple[Judged, np.ndarray], spaced: Path) -> None:
     figures = {
         "variants": {
@@ -117,6 +136,8 @@ def test_the_page_has_a_section_for_every_study_run_or_not(judged: tuple[Judged,
         "common": 150,
         "completeness": {"5 years": 0.9},
         "steps": 960,
+        "training": {label: {"commit": "def", "ranks": 1, "step": step} for label, step in (("5 years", 720), ("1 year", 960))},
+        "median_magnitude": 23.21,
         "curves": {"5 years": [[480, -0.5], [720, -0.8], [960, -0.75]], "1 year": [[960, -0.3]]},
         "members": None,
         "batch": 6,
@@ -131,10 +152,11 @@ def test_the_page_has_a_section_for_every_study_run_or_not(judged: tuple[Judged,
     lengths, shown = {len(row) for row in rows}, {row[1]: row[4] for row in rows}
     assert len(lengths) == 1
     assert shown == {"": "less the first's", "5 years": "", "1 year": "+0.0000 ± 0.0000"}
-    assert "150 galaxies that all found, of 200; completeness: 5 years 90.0 %" in text
+    assert "150 galaxies that all found, of 200, their median i 23.2; completeness: 5 years 90.0 %" in text
     assert "of which the better one is asked: 5 years -0.800, -0.750." in text
     assert study_page.ADAPTED not in text
-    assert "960 steps of 6 crops each; `python -m benchmarks.studies`, commit abc" in text
+    trained = "6 crops each (commit def, ranks 1; asked as they were after 720, 960)"
+    assert f"{trained}; `python -m benchmarks.studies`, commit abc" in text
 
 
 def test_the_statistics_of_a_survey_on_a_small_one() -> None:

@@ -166,7 +166,11 @@ def test_a_rank_without_a_labelled_object_does_not_wait_for_one(mini_dataset: Pa
 
 def test_an_error_of_a_rank_and_its_death_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """And not what they bring about on the ranks that wait, which has been told as well when this slow process looks up."""
-    monkeypatch.setattr(distributed, "wait", lambda pending, timeout: time.sleep(1) or connection.wait(pending, timeout))
+
+    def wait(pending: list[connection.Connection], timeout: float | None) -> list[object]:
+        return connection.wait(pending, timeout) and (time.sleep(1) or connection.wait(pending, 0))
+
+    monkeypatch.setattr(distributed, "wait", wait)
     for work, error, told in (
         (training_runs.fails, ConfigError, "the second rank found a fault"),
         (training_runs.is_puzzled, TrainingError, "rank 1 failed with KeyError: 'no such band'"),
