@@ -168,7 +168,7 @@ def judged(answers: Answers, where: Bools, calibration: Any = None) -> Judged:
 def training(work: Path, name: str) -> dict[str, Any]:
     """Where the member that is asked comes from: the commit and the ranks of its training, and its step."""
     member = yaml.safe_load((work / "runs" / name / "best" / "member.yaml").read_text())
-    return {"commit": member["git_commit"][:7], "ranks": member["config"]["train"]["ranks"], "step": member["step"]}
+    return {"commit": str(member["git_commit"])[:7], "ranks": member["config"]["train"]["ranks"], "step": member["step"]}
 
 
 def curve(work: Path, name: str) -> list[list[float]]:
